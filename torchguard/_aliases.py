@@ -1,0 +1,202 @@
+"""Which handles on watched memory have a version counter of their own, and has one of these moved unseen?
+
+Note [Watching a counter without its memory]. ``counter = alias.detach(); counter.data = torch.empty(0)`` shares the
+alias's version counter and none of its storage, and outlives the alias. It is made only when a save could need it: at once
+where a live save lies in the alias's storage, otherwise when such a save is made and the alias still lives. The
+``p.data.add_(...)`` of an optimiser's step, a temporary over memory that nothing has saved, never has one.
+
+A write that the guard saw and judged moves the expectation, so that only unseen writes stand out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+
+from torchguard import _memory, _torch
+from torchguard._model import Span
+from torchguard._overlap import overlaps
+from torchguard._places import Instruction
+
+if TYPE_CHECKING:
+    from torchguard._saves import Save
+
+_SLACK = 1024
+#: Dead aliases of one storage whose counter is still watched: a ``detach()`` of a dead alias could still write.
+_DEAD_KEPT = 64
+#: Saves up to this many bytes are copied when an alias could write to them unseen, so that the bytes decide at the read.
+#: Copying 16 KiB takes about 2 microseconds; a greater save would cost the program time it can feel.
+PROOF_BYTES = 16384
+
+#: The setter of ``Tensor.data``, taken before anything is patched.
+_set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_EMPTY = torch.empty(0)
+
+
+class AliasRecord(ref[torch.Tensor]):
+    """A weak hold on one alias, and what must be known of it.
+
+    Attributes:
+        instruction: where the alias was taken.
+        counter: a tensor that shares the alias's version counter and no memory, or None.
+        expected: version of the alias after the last write that was judged.
+        span: the alias's memory, once ``counter`` is there.
+    """
+
+    __slots__ = ("counter", "expected", "instruction", "span")
+
+    def __new__(cls, alias: torch.Tensor, instruction: Instruction, version: int) -> AliasRecord:
+        self: AliasRecord = ref.__new__(cls, alias)
+        self.instruction = instruction
+        self.expected = version
+        self.counter = None
+        self.span = None
+        return self
+
+    # ref defines __init__ with its own arguments
+    def __init__(self, *_: Any) -> None: ...
+
+    instruction: Instruction
+    expected: int
+    counter: torch.Tensor | None
+    span: Span | None
+
+    def arm(self, alias: torch.Tensor) -> None:
+        """Watch the alias's counter from now on, beyond its death."""
+        span = _memory.span_of(alias)
+        if span is None or alias.is_inference():
+            return  # no memory, or no counter
+        self.span = span
+        with torch.no_grad(), _torch.no_torch_function(), _torch.no_torch_dispatch():
+            counter = alias.detach()
+            _set_data(counter, _EMPTY)
+        self.counter = counter
+
+    @property
+    def version(self) -> int:
+        """The counter's present value; the expected one where the alias is gone unwatched."""
+        if self.counter is not None:
+            return self.counter._version
+        alias = self()
+        version = -1 if alias is None else _memory.version_of(alias)
+        return self.expected if version < 0 else version
+
+
+class Aliases:
+    """The aliases with a counter of their own, by storage."""
+
+    def __init__(self) -> None:
+        self.by_storage: dict[int, list[AliasRecord]] = {}
+        self._sweep_at = _SLACK
+
+    def enter(self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0) -> AliasRecord:
+        """Take down an alias that has just been made."""
+        record = AliasRecord(alias, instruction, version)
+        records = self.by_storage.get(storage)
+        if records is None:
+            self.by_storage[storage] = [record]
+            if len(self.by_storage) > self._sweep_at:
+                self._sweep()
+        else:
+            last = records[-1]
+            if last.counter is None and last() is None:
+                records[-1] = record
+            else:
+                records.append(record)
+                if len(records) > _DEAD_KEPT and not len(records) & (len(records) - 1):
+                    self._thin(storage)
+        return record
+
+    def _thin(self, storage: int) -> None:
+        records = self.by_storage.get(storage, [])
+        dead = [record for record in records if record() is None and record.counter is not None][-_DEAD_KEPT:]
+        kept = [record for record in records if record() is not None or any(record is other for other in dead)]
+        if kept:
+            self.by_storage[storage] = kept
+        else:
+            self.by_storage.pop(storage, None)
+
+    def _sweep(self) -> None:
+        for storage in list(self.by_storage):
+            records = self.by_storage[storage]
+            if all(record() is None for record in records):
+                # Nobody holds an alias; the storage itself may be gone and its identity be used again.
+                del self.by_storage[storage]
+            else:
+                self._thin(storage)
+        self._sweep_at = 2 * len(self.by_storage) + _SLACK
+
+    def forget_dead(self, storage: int) -> None:
+        """No save of this storage is alive: what a dead alias did can matter to none."""
+        records = self.by_storage.get(storage)
+        if records is not None:
+            kept = [record for record in records if record() is not None]
+            if kept:
+                self.by_storage[storage] = kept
+            else:
+                self.by_storage.pop(storage, None)
+
+    def arm(self, storage: int) -> bool:
+        """A save is being made in this storage: watch the counters of the aliases that live. False if none does."""
+        alive = False
+        for record in self.by_storage.get(storage, ()):
+            alias = record()
+            if alias is not None:
+                alive = True
+                if record.counter is None:
+                    record.arm(alias)
+        return alive
+
+    def sync(self, storage: int, saves: Iterable[Save]) -> None:
+        """Mark the saves that an unseen write may have touched, and expect from now on what is there now."""
+        records = self.by_storage.get(storage)
+        if records is None:
+            return
+        saves = list(saves)
+        if not saves:
+            self.forget_dead(storage)
+            records = self.by_storage.get(storage, [])
+        for record in records:
+            version = record.version
+            if version != record.expected:
+                record.expected = version
+                self._mark(record, saves)
+
+    def _mark(self, record: AliasRecord, saves: list[Save]) -> None:
+        alias = record()
+        span = record.span if record.span is not None or alias is None else _memory.span_of(alias)
+        if span is None:
+            return
+        for save in saves:
+            here = _memory.span_of(save.tensor)
+            if here is None or save.moved or overlaps(span, here) is False:
+                continue
+            remarks = save.remark()
+            if not remarks.settled and remarks.suspect is None:
+                remarks.suspect = record
+
+    def settle(self, storage: int) -> None:
+        """A write into this storage has been judged: what moved by it is expected."""
+        for record in self.by_storage.get(storage, ()):
+            record.expected = record.version
+
+    def taken_at(self, tensor: torch.Tensor, storage: int) -> Instruction:
+        """Where the alias that ``tensor`` is, or is a view of, was taken; None where nobody saw it."""
+        records = self.by_storage.get(storage, [])
+        base = tensor._base
+        for record in reversed(records):
+            alias = record()
+            if alias is not None and (alias is tensor or alias is base):
+                return record.instruction
+        for record in reversed(records):
+            alias = record() if record.counter is None else record.counter
+            if alias is not None and _memory.shares_counter(alias, tensor):
+                return record.instruction
+        return None
+
+
+#: The aliases of this process.
+ALIASES = Aliases()

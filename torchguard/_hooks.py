@@ -1,0 +1,136 @@
+"""How do the save hooks get onto, and off, a thread's stack?
+
+Hooks are thread-local and only the innermost pair runs. Each guard pushes a pair of its own, so that one that leaves out of
+order (a closed generator) removes its own and nobody else's.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from torchguard import _policy, _torch
+from torchguard._reads import collector, make_unpack
+from torchguard._saves import make_pack
+from torchguard._torch import Hooks
+
+_unpack = make_unpack()
+_ours: set[int] = set()
+
+
+class _Lifted(threading.local):
+    def __init__(self) -> None:
+        self.pairs: list[Hooks] = []
+
+
+_lifted = _Lifted()
+
+
+def push() -> Hooks:
+    """Push a new pair of hooks onto this thread's stack, and return it."""
+    pair = (make_pack(), _unpack)
+    _ours.add(id(pair[0]))
+    if _torch.hooks_enabled():
+        _torch.push_hooks(pair)
+    else:  # inside torch.func: nothing can be pushed until it is left
+        _policy.note_unwatched(_TORCH_FUNC)
+        _lifted.pairs.append(pair)
+    return pair
+
+
+def remove(pair: Hooks) -> None:
+    """Take a pair off this thread's stack, wherever it lies on it."""
+    if _torch.hooks_enabled() and _torch.remove_hooks(pair) >= 0:
+        _ours.discard(id(pair[0]))
+        return
+    _lifted.pairs[:] = [other for other in _lifted.pairs if other[0] is not pair[0]]
+    _ours.discard(id(pair[0]))
+
+
+# ---- torch.func ---------------------------------------------------------------------------------------------------
+
+_TORCH_FUNC = "tensors saved inside torch.func transforms, which refuse save hooks"
+
+
+def switch_off(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``_saved_tensors_hooks_disable``: step aside where only the guard's hooks are in the way."""
+    must_be_empty = kwargs.get("fail_if_non_empty", args[1] if len(args) > 1 else True)
+    if not must_be_empty or not _torch.hooks_enabled():
+        return original(*args, **kwargs)
+    lifted: list[Hooks] = []
+    while (top := _torch.top_hooks()) is not None and id(top[0]) in _ours:
+        _torch.remove_hooks(top)
+        lifted.append(top)
+    try:
+        result = original(*args, **kwargs)
+    except BaseException:  # a user's pair is on the stack: refused, as without the guard
+        for pair in reversed(lifted):
+            _torch.push_hooks(pair)
+        raise
+    if lifted:
+        _policy.note_unwatched(_TORCH_FUNC)
+    _lifted.pairs.extend(lifted)
+    return result
+
+
+def switch_on(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``_saved_tensors_hooks_enable``: put back what stepped aside."""
+    result = original(*args, **kwargs)
+    for pair in reversed(_lifted.pairs):
+        _torch.push_hooks(pair)
+    _lifted.pairs.clear()
+    return result
+
+
+# ---- ctx.saved_tensors --------------------------------------------------------------------------------------------
+
+_original_saved_tensors: Any = torch.autograd.function.BackwardCFunction.saved_tensors
+
+
+def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
+    """``ctx.saved_tensors``: under save hooks PyTorch makes new tensors; hand back the inputs that were saved."""
+    outer = collector.saves
+    collector.saves = []
+    try:
+        unpacked: tuple[torch.Tensor | None, ...] = _original_saved_tensors.__get__(ctx)
+        saves = collector.saves
+    finally:
+        collector.saves = outer
+    if len(saves) != sum(tensor is not None for tensor in unpacked):
+        return unpacked  # saved under somebody else's hooks
+    waiting = iter(saves)
+    result: list[torch.Tensor | None] = []
+    for tensor in unpacked:
+        save = None if tensor is None else next(waiting)
+        result.append(save.tensor if save is not None and save.node is None else tensor)
+    return tuple(result)
+
+
+# ---- threads ------------------------------------------------------------------------------------------------------
+
+
+def start_thread(original: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``Thread.start``: a thread started inside a guard runs under it."""
+    guards = _policy.inherited()
+    if not guards:
+        return original(*args, **kwargs)
+    run = thread.run
+
+    def run_guarded() -> None:
+        thread.__dict__.pop("run", None)
+        _policy.adopt(guards)
+        pair = push()
+        try:
+            run()
+        finally:
+            remove(pair)
+            _policy.adopt([])
+
+    thread.run = run_guarded  # type: ignore[method-assign]
+    try:
+        return original(*args, **kwargs)
+    except BaseException:
+        thread.__dict__.pop("run", None)
+        raise

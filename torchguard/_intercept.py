@@ -1,0 +1,278 @@
+"""Which calls does the guard see, and how do they reach its judgement?
+
+One ``__torch_function__`` override judges. ``wrapt`` routes into it just the calls that can write, so ordinary calls pay
+nothing; ``every_call=True`` also pushes it onto PyTorch's mode stack, where it sees what no patch can (``out=``,
+``torch.ops``, functions bound before the guard came).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import wrapt
+from torch.overrides import TorchFunctionMode
+
+from torchguard import _hooks, _memory, _policy, _torch, _writers, _writes
+from torchguard._aliases import ALIASES
+from torchguard._reads import DETACHED
+from torchguard._saves import LEDGER
+from torchguard._writers import Writer
+
+#: What each known callable writes to; filled when the patches are prepared.
+WRITERS: dict[Any, Writer] = {}
+
+
+class Override(TorchFunctionMode):
+    """Function in; what does it write; verdict; call."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        writer = _writer_of(func, kwargs)
+        if writer is None:
+            return func(*args, **kwargs)
+        return _writes.carry_out(writer, func, args, kwargs)
+
+
+_operators: dict[Any, Writer | None] = {}
+_OPERATOR_TYPES: tuple[type, ...] = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+def _writer_of(func: Any, kwargs: Mapping[str, Any]) -> Writer | None:
+    try:
+        writer = WRITERS.get(func)
+    except TypeError:  # a callable that cannot be hashed is none of torch's
+        return None
+    if writer is None and kwargs.get("out") is not None:
+        return _writers.OUT
+    if writer is None and isinstance(func, _OPERATOR_TYPES):
+        if func not in _operators:
+            _operators[func] = _writers.writer_of_operator(func)
+        writer = _operators[func]
+    return writer
+
+
+_override = Override()
+
+
+# ---- the patches --------------------------------------------------------------------------------------------------
+
+
+class _Routed(wrapt.FunctionWrapper):  # type: ignore[misc]
+    """A wrapper that copies, deep-copies and pickles as the function it wraps.
+
+    A module that holds ``torch.relu_`` as an attribute is copied and saved as ever, during the guard and after.
+    """
+
+    def __copy__(self) -> Any:
+        return self.__wrapped__
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__wrapped__
+
+    def __reduce__(self) -> Any:
+        return self.__wrapped__.__reduce__()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__wrapped__.__reduce_ex__(protocol)
+
+
+def _route(function: Any, method: bool) -> Callable[..., Any]:
+    """The route from one patched callable (a method or a function) into the override."""
+    judge = _override.__torch_function__
+    aliases = ALIASES.by_storage
+    state = _policy.state
+    mode_active = _torch.function_mode_active
+
+    def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not LEDGER and not aliases:
+            return wrapped(*args, **kwargs)
+        if state.every_call and mode_active():
+            return wrapped(*args, **kwargs)  # the mode on the stack is about to see this call
+        if method:
+            return judge(function, (), (instance, *args), kwargs)
+        return judge(function, (), args, kwargs)
+
+    return route
+
+
+class _Patch:
+    """One attribute to replace, and what was there."""
+
+    __slots__ = ("inherited", "name", "original", "owner", "replacement")
+
+    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
+        self.owner = owner
+        self.name = name
+        self.replacement = replacement
+        self.original: Any = None
+        self.inherited = True
+
+    def install(self) -> None:
+        own = vars(self.owner)
+        self.inherited = self.name not in own
+        self.original = own.get(self.name)
+        setattr(self.owner, self.name, self.replacement)
+
+    def restore(self) -> None:
+        if self.inherited:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.original)
+        self.original = None
+
+
+class _Attribute:
+    """A descriptor in the place of one of torch's own; on the class it shows the one that it replaces."""
+
+    def __init__(self, original: Any, get: Any = None, set: Any = None) -> None:
+        self._original = original
+        self._get = get or original.__get__
+        self._set = set or original.__set__
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self._original if instance is None else self._get(instance)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        self._set(instance, value)
+
+    def __delete__(self, instance: Any) -> None:
+        self._original.__delete__(instance)
+
+
+_original_data: Any = torch.Tensor.data
+
+
+def _get_data(tensor: torch.Tensor) -> Any:
+    alias = _original_data.__get__(tensor)
+    if isinstance(alias, torch.Tensor):
+        _writes.enter_alias(alias, sys._getframe(1))
+    return alias
+
+
+def _set_data(tensor: torch.Tensor, value: Any) -> None:
+    _writes.rebind(_original_data.__set__, tensor, value)
+
+
+def _part_setter(name: str) -> Callable[[torch.Tensor, Any], None]:
+    """``z.real = v`` and ``z.imag = v`` write into the memory of ``z``."""
+    setter = getattr(torch.Tensor, name).__set__
+    writer = Writer(f"z.{name} = v")
+    WRITERS[setter] = writer
+
+    def set_part(tensor: torch.Tensor, value: Any) -> None:
+        _writes.carry_out(writer, setter, (tensor, value), {})
+
+    return set_part
+
+
+def _detach_in_place(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensor = instance if isinstance(instance, torch.Tensor) else (args[0] if args else None)
+    saves = _writes.detached_in_place(tensor) if isinstance(tensor, torch.Tensor) else []
+    result = wrapped(*args, **kwargs)
+    for save in saves:
+        save.version = DETACHED
+    return result
+
+
+def _prepare() -> list[_Patch]:
+    """Everything that is patched while a guard is on, made once."""
+    patches = []
+    wrappers: dict[int, _Routed] = {}
+    spaces: list[tuple[Any, Any]] = [
+        (torch.Tensor, torch.Tensor),
+        (torch, torch),
+        (torch.nn.functional, torch.nn.functional),
+        (_torch.NN, _torch.NN),
+        (_torch.VF, _torch.VARIABLE_FUNCTIONS),
+    ]
+    for owner, namespace in spaces:
+        for name, (function, writer) in _writers.writers_in(namespace, dir(namespace)).items():
+            WRITERS[function] = writer
+            wrapper = wrappers.get(id(function))
+            if wrapper is None:
+                wrapper = _Routed(function, _route(function, namespace is torch.Tensor))
+                wrappers[id(function)] = wrapper
+            patches.append(_Patch(owner, name, wrapper))
+    for owner in (torch.Tensor, torch):
+        patches.append(_Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)))
+    patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _get_data, _set_data)))
+    for name in ("real", "imag"):
+        patches.append(_Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name))))
+    module, off, on = _torch.HOOK_SWITCHES
+    for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
+        if hasattr(module, name):
+            patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
+    backward = torch.autograd.function.BackwardCFunction
+    patches.append(_Patch(backward, "saved_tensors", property(_hooks.saved_tensors)))
+    start = threading.Thread.start
+    patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
+    return patches
+
+
+_patches: list[_Patch] = []
+_script_names: list[tuple[Any, str]] = []
+_installed = 0
+_lock = threading.RLock()
+
+
+def install() -> None:
+    """Patch torch; the second and later calls only count."""
+    global _installed
+    with _lock:
+        if _installed == 0:
+            if not _patches:
+                _patches.extend(_prepare())
+            done: list[_Patch] = []
+            try:
+                for patch in _patches:
+                    patch.install()
+                    done.append(patch)
+                _enter_script_names()
+            except BaseException:
+                for patch in reversed(done):
+                    patch.restore()
+                raise
+        _installed += 1
+
+
+def uninstall() -> None:
+    """Undo :func:`install`; the last call restores every attribute."""
+    global _installed
+    with _lock:
+        _installed -= 1
+        if _installed == 0:
+            for wrapper, _ in _script_names:
+                _torch.remove_script_name(wrapper)
+            for patch in reversed(_patches):
+                patch.restore()
+
+
+def _enter_script_names() -> None:
+    if not _script_names:
+        for patch in _patches:
+            if isinstance(patch.replacement, _Routed):
+                name = _torch.script_name(patch.replacement.__wrapped__)
+                if name is not None:
+                    _script_names.append((patch.replacement, name))
+    for wrapper, name in _script_names:
+        _torch.enter_script_name(wrapper, name)
+
+
+def push_mode() -> Override:
+    """See every call of this thread (``every_call=True``)."""
+    mode = Override()
+    mode.__enter__()
+    _policy.state.every_call += 1
+    return mode
+
+
+def remove_mode(mode: Override) -> None:
+    """Take the mode off this thread's stack, wherever it lies on it."""
+    _torch.remove_function_mode(mode)
+    _policy.state.every_call -= 1

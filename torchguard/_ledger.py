@@ -1,0 +1,214 @@
+"""Which saves are alive, and which of them lie in a given storage or stretch of memory?
+
+Knows plain integers and weak references only. Note [Lazy index]: a save costs one append to ``pending``; it is filed
+under its storage when the first question is asked after it was made, so saves that come and go between two writes (all of
+them, in a training loop that writes after backward) are never filed at all. Dead entries are dropped when they are met,
+and by a sweep whenever their number may have doubled, so every operation is flat in the number of live saves.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
+from weakref import ref
+
+
+class Entry(Protocol):
+    """What the ledger must know of a save."""
+
+    @property
+    def storage(self) -> int:
+        """Identity of the storage that holds the save."""
+
+
+E = TypeVar("E", bound=Entry)
+
+#: First and one past the last byte of an entry's storage, and whether other storages may lie over the same memory.
+Extent = tuple[int, int, bool]
+
+_SLACK = 1024
+
+
+class Ledger(Generic[E]):
+    """Live entries by storage, held weakly.
+
+    Args:
+        extent_of: tells where an entry's storage lies, or None where it has no memory. A storage is *foreign* when torch's
+            own allocator did not make it (``from_numpy``, DLPack, a file): only those can overlap another storage.
+    """
+
+    def __init__(self, extent_of: Callable[[E], Extent | None]) -> None:
+        self._extent_of = extent_of
+        self.pending: deque[ref[E]] = deque()
+        self._groups: dict[int, list[ref[E]]] = {}
+        self._foreign: dict[int, Extent] = {}
+        self._unmapped: list[int] | None = None  # groups not yet in _map; None until the map is first asked for
+        self._map = _AddressMap()
+        self._sweep_at = _SLACK
+        self._lock = threading.RLock()
+        if hasattr(os, "register_at_fork"):
+            # A lock that another thread held at the fork would never be released in the child.
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
+
+    def add(self, entry: E) -> None:
+        """Enter a save. (The pack hook appends to ``pending`` itself.)"""
+        self.pending.append(ref(entry))
+
+    def __bool__(self) -> bool:
+        """False only where no save is alive."""
+        return bool(self.pending) or bool(self._groups)
+
+    def __len__(self) -> int:
+        """How many saves are alive."""
+        self.file()
+        with self._lock:
+            return sum(1 for group in self._groups.values() for item in group if item() is not None)
+
+    def file(self) -> None:
+        """File what is pending."""
+        pending = self.pending
+        if not pending:
+            return
+        with self._lock:
+            while pending:
+                try:
+                    item = pending.popleft()
+                except IndexError:  # another thread took the last one
+                    break
+                entry = item()
+                if entry is None:
+                    continue
+                storage = entry.storage
+                group = self._groups.get(storage)
+                if group is None:
+                    self._groups[storage] = [item]
+                    self._open(storage, entry)
+                else:
+                    group.append(item)
+                    if len(group) > 64 and not len(group) & (len(group) - 1):  # at each power of two
+                        group[:] = [other for other in group if other() is not None]
+            if len(self._groups) > self._sweep_at:
+                self._sweep()
+
+    def _open(self, storage: int, entry: E) -> None:
+        extent = self._extent_of(entry)
+        if extent is not None and extent[2]:
+            self._foreign[storage] = extent
+        if self._unmapped is not None:
+            self._unmapped.append(storage)
+
+    def _close(self, storage: int) -> None:
+        self._groups.pop(storage, None)
+        self._foreign.pop(storage, None)
+        self._map.discard(storage)
+
+    def _sweep(self) -> None:
+        for storage, group in list(self._groups.items()):
+            group[:] = [item for item in group if item() is not None]
+            if not group:
+                self._close(storage)
+        self._sweep_at = 2 * len(self._groups) + _SLACK
+
+    def in_storage(self, storage: int) -> list[E]:
+        """The live saves of one storage."""
+        if self.pending:
+            self.file()
+        group = self._groups.get(storage)
+        if group is None:
+            return []
+        live = [entry for entry in (item() for item in group) if entry is not None]
+        if len(live) < len(group):
+            with self._lock:
+                group[:] = [item for item in group if item() is not None]
+                if not group:
+                    self._close(storage)
+        return live
+
+    @property
+    def has_foreign(self) -> bool:
+        """Whether a save may lie in memory that torch's allocator did not hand out."""
+        if self.pending:
+            self.file()
+        return bool(self._foreign)
+
+    def across_storages(self, storage: int, extent: Extent) -> list[E]:
+        """Live saves of *other* storages that lie over the same memory as ``extent``."""
+        low, high, foreign = extent
+        self.file()
+        with self._lock:
+            if foreign:
+                self._draw_map()
+                near: Iterator[int] = iter(self._map.find(low, high))
+            else:
+                near = (key for key, (start, end, _) in list(self._foreign.items()) if start < high and low < end)
+            return [entry for key in near if key != storage for entry in self.in_storage(key)]
+
+    def _draw_map(self) -> None:
+        waiting = self._groups if self._unmapped is None else self._unmapped
+        for storage in list(waiting):
+            entry = next((entry for entry in (item() for item in self._groups.get(storage, ())) if entry is not None), None)
+            extent = None if entry is None else self._extent_of(entry)
+            if extent is not None:
+                self._map.add(storage, extent[0], extent[1])
+        self._unmapped = []
+
+
+class _AddressMap:
+    """Keys by the stretch of addresses they occupy.
+
+    A stretch of at most 2**k bytes is entered in the one or two buckets of that size which it touches; a question looks at
+    the buckets of each size in use, so it costs the logarithm of the largest stretch, not the number of keys.
+    """
+
+    _SMALLEST = 9
+
+    def __init__(self) -> None:
+        self._levels: dict[int, dict[int, set[int]]] = {}
+        self._stretches: dict[int, tuple[int, int]] = {}
+
+    def _buckets(self, low: int, high: int) -> tuple[int, range]:
+        level = max(self._SMALLEST, (high - low - 1).bit_length())
+        return level, range(low >> level, ((high - 1) >> level) + 1)
+
+    def add(self, key: int, low: int, high: int) -> None:
+        self.discard(key)
+        if low >= high:
+            return
+        self._stretches[key] = (low, high)
+        level, buckets = self._buckets(low, high)
+        for bucket in buckets:
+            self._levels.setdefault(level, {}).setdefault(bucket, set()).add(key)
+
+    def discard(self, key: int) -> None:
+        stretch = self._stretches.pop(key, None)
+        if stretch is None:
+            return
+        level, buckets = self._buckets(*stretch)
+        rows = self._levels[level]
+        for bucket in buckets:
+            rows[bucket].discard(key)
+            if not rows[bucket]:
+                del rows[bucket]
+        if not rows:
+            del self._levels[level]
+
+    def find(self, low: int, high: int) -> set[int]:
+        """Keys whose stretch shares a byte with ``[low, high)``."""
+        found: set[int] = set()
+        if low >= high:
+            return found
+        for level, rows in self._levels.items():
+            first, last = low >> level, (high - 1) >> level
+            if last - first < len(rows):
+                sets = [rows[bucket] for bucket in range(first, last + 1) if bucket in rows]
+            else:
+                sets = [keys for bucket, keys in rows.items() if first <= bucket <= last]
+            for keys in sets:
+                found.update(key for key in keys if self._stretches[key][0] < high and low < self._stretches[key][1])
+        return found

@@ -1,0 +1,136 @@
+"""Which memory does a tensor occupy, what is in it, and which version counter does it move?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchguard import _torch
+from torchguard._model import Span
+
+#: Types whose attributes can be read without calling user code.
+PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+
+#: Reading a tensor that has no memory of its own (sparse, fake, a functorch wrapper, ...) raises one of these.
+NO_MEMORY = (RuntimeError, NotImplementedError, TypeError, AttributeError)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Identity of the tensor's storage, shared by all its views; 0 where it has none."""
+    try:
+        return _torch.storage_id(tensor)
+    except NO_MEMORY:
+        return 0
+
+
+def span_of(tensor: torch.Tensor) -> Span | None:
+    """The memory of a strided tensor; None where it has none that can be written to (meta, fake, sparse, ...)."""
+    try:
+        with _torch.no_torch_function():
+            base = _torch.storage_address(tensor)
+            if base == 0 or tensor.layout is not torch.strided:
+                return None
+            itemsize = tensor.element_size()
+            return Span(
+                str(tensor.device),
+                base + tensor.storage_offset() * itemsize,
+                itemsize,
+                tuple(tensor.shape),
+                tuple(stride * itemsize for stride in tensor.stride()),
+            )
+    except NO_MEMORY:
+        return None
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """The tensor's version, or -1 where it keeps none (a tensor made in inference mode)."""
+    try:
+        with _torch.no_torch_function():
+            return tensor._version
+    except RuntimeError:
+        return -1
+
+
+def shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a tracked write to ``a`` would move the version of ``b``.
+
+    Proven without touching anything where that is possible; otherwise the counter of ``a`` is bumped and put back.
+    """
+    if a is b:
+        return True
+    version = version_of(a)
+    if version < 0 or version != version_of(b):
+        return False
+    with _torch.no_torch_function():
+        base_a, base_b = a._base, b._base
+        if base_a is b or base_b is a or (base_a is not None and base_a is base_b):
+            return True
+        if not _torch.CAN_PROBE_COUNTERS:
+            return True  # equal versions are all there is to go by: better silent than wrong
+        torch.autograd.graph.increment_version(a)
+        shared = b._version != version
+        _torch.set_version(a, version)
+        return shared
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last one that the tensor reaches."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _stretch(tensor: torch.Tensor) -> torch.Tensor:
+    """All memory from the tensor's first to its last element, gaps included, as one contiguous dimension."""
+    return tensor.detach().as_strided((_extent(tensor),), (1,))
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory as uint8."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def replica_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of the same layout over a copy of the same memory, and that copy."""
+    memory = _stretch(tensor).clone()
+    return memory.as_strided(tensor.shape, tensor.stride(), 0), memory
+
+
+def changed_bytes(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Which bytes of the tensor's memory (from first to last element) differ from ``memory``, as a mask."""
+    return as_bytes(_stretch(tensor)) != as_bytes(memory)
+
+
+def touched_elements(mask: torch.Tensor, address: int, span: Span) -> int:
+    """How many elements of ``span`` have a byte that is set in ``mask``, whose first byte lies at ``address``."""
+    low, high = span.bounds
+    start, end = max(low, address), min(high, address + mask.numel())
+    if start >= end:
+        return 0
+    window = torch.zeros(high - low, dtype=torch.bool, device=mask.device)
+    window[start - low : end - low] = mask[start - address : end - address]
+    elements = window.as_strided((*span.sizes, span.itemsize), (*span.strides, 1))
+    return int(elements.any(-1).sum())
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bits (NaNs and signs of zero count)."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return bool(torch.equal(as_bytes(a.contiguous()), as_bytes(b.contiguous())))
+
+
+def describe(tensor: torch.Tensor) -> dict[str, Any]:
+    """dtype, shape and device of a tensor in the words of a report."""
+    with _torch.no_torch_function():
+        return {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": tuple(tensor.shape),
+            "device": str(tensor.device),
+        }
+
+
+def reach(tensor: torch.Tensor) -> torch.Tensor:
+    """A mask over the tensor's memory, from its first to its last byte, of the bytes that belong to its elements."""
+    elements = torch.zeros(_extent(tensor), dtype=torch.bool, device=tensor.device)
+    elements.as_strided(tensor.shape, tensor.stride(), 0).fill_(True)
+    return elements.repeat_interleave(tensor.element_size())

@@ -1,0 +1,146 @@
+"""Where in the user's code did something happen?
+
+A stack is walked on every save, so the walk keeps only what identifies an instruction (a code object and an offset
+into it); line, source and expression are looked up when somebody reads a report.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import os
+import re
+import sys
+from itertools import islice
+from types import CodeType, FrameType
+
+import torch
+
+from torchguard._model import Place
+
+#: A code object and the offset of an instruction in it; None where no Python code was on the stack.
+Instruction = tuple[CodeType, int] | None
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.dirname(__file__) + os.sep
+# contextlib and functools frames stand between a decorated function and its caller; wrapt's are in C.
+_PLUMBING = tuple(
+    os.path.abspath(module.__file__)
+    for module in (sys.modules.get("contextlib"), sys.modules.get("functools"), sys.modules.get("threading"))
+    if module is not None and module.__file__ is not None
+)
+
+_is_ours: dict[str, bool] = {}
+
+
+def _library(filename: str) -> bool:
+    answer = (
+        filename.startswith((_TORCH, _OURS))
+        or filename in _PLUMBING
+        or filename.startswith("<frozen ")
+        or filename.startswith("<__array_function__")
+    )
+    _is_ours[filename] = answer
+    return answer
+
+
+def user_instruction(frame: FrameType | None) -> Instruction:
+    """The innermost instruction on the stack from ``frame`` on that is in neither torch nor torchguard."""
+    while frame is not None:
+        code = frame.f_code
+        filename = code.co_filename
+        inside = _is_ours.get(filename)
+        if inside is None:
+            inside = _library(filename)
+        if not inside:
+            return code, frame.f_lasti
+        frame = frame.f_back
+    return None
+
+
+def called_from(frame: FrameType | None, files: tuple[str, ...]) -> bool:
+    """Whether a frame of one of ``files`` (path endings) is on the stack."""
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(files):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def place_of(instruction: Instruction) -> Place | None:
+    """The place of an instruction, with its source; None where there is none."""
+    if instruction is None:
+        return None
+    code, offset = instruction
+    line = _line(code, offset)
+    source = linecache.getline(code.co_filename, line).strip()
+    function = getattr(code, "co_qualname", code.co_name)
+    return Place(_short(code.co_filename), line, function, source, expression_of(instruction))
+
+
+def _short(filename: str) -> str:
+    """The path relative to the working directory where the file is below it, as Python's own tools print it."""
+    if filename.startswith("<"):
+        return filename
+    try:
+        relative = os.path.relpath(filename)
+    except (ValueError, OSError):  # another drive on Windows; a working directory that is gone
+        return filename
+    return filename if relative.startswith("..") else relative
+
+
+def _line(code: CodeType, offset: int) -> int:
+    for start, end, line in code.co_lines():
+        if start <= offset < end and line is not None:
+            return line
+    return code.co_firstlineno
+
+
+def expression_of(instruction: Instruction) -> str:
+    """Source text of the expression that the instruction evaluates; ``""`` where Python or the source is too old."""
+    if instruction is None or not hasattr(CodeType, "co_positions"):
+        return ""
+    code, offset = instruction
+    position = next(islice(code.co_positions(), offset // 2, None), None)
+    if position is None or None in position:
+        return ""
+    first, last, start, end = position
+    assert first is not None and last is not None and start is not None and end is not None
+    if first != last:
+        return ""
+    # Columns are byte offsets into the line's UTF-8.
+    return linecache.getline(code.co_filename, first).encode()[start:end].decode(errors="replace")
+
+
+_OPERATORS: dict[type[ast.AST], str] = {
+    ast.Add: "add",
+    ast.Sub: "sub",
+    ast.Mult: "mul",
+    ast.Div: "div",
+    ast.Pow: "pow",
+    ast.MatMult: "matmul",
+    ast.Mod: "remainder",
+    ast.FloorDiv: "floor_divide",
+    ast.USub: "neg",
+}
+
+
+def operation_of(instruction: Instruction) -> str:
+    """Name of the operation that the instruction calls, read from its source; ``""`` where that does not tell."""
+    text = expression_of(instruction)
+    try:
+        node = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        match = re.match(r"\S+\s*([-+*/@%]|\*\*|//)=\s", text)
+        return _OPERATORS_BY_SIGN.get(match.group(1), "") if match else ""
+    if isinstance(node, ast.Call):
+        function = node.func
+        if isinstance(function, ast.Attribute):
+            return function.attr
+        return function.id if isinstance(function, ast.Name) else ""
+    if isinstance(node, (ast.BinOp, ast.UnaryOp)):
+        return _OPERATORS.get(type(node.op), "")
+    return ""
+
+
+_OPERATORS_BY_SIGN = {"+": "add", "-": "sub", "*": "mul", "/": "div", "**": "pow", "@": "matmul", "%": "remainder", "//": "floor_divide"}

@@ -1,0 +1,89 @@
+"""Which guard answers for what happens in this thread, and what is allowed?"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torchguard._violation import Violation
+
+
+class Respondent(Protocol):
+    """What answers a violation: a guard."""
+
+    def respond(self, violation: Violation) -> None:
+        """Raise, warn or record."""
+
+    def record_allowed(self, violation: Violation) -> None:
+        """Keep a violation that an ``allow`` block permits."""
+
+    def note_unwatched(self, what: str) -> None:
+        """Keep what is out of sight, and say it once."""
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.guards: list[Respondent] = []
+        self.reasons: list[str] = []
+        self.every_call = 0
+
+
+state = _ThreadState()
+
+#: Guards that are entered and not yet left, of all threads, oldest first.
+entered: list[Respondent] = []
+
+
+def innermost() -> Respondent | None:
+    """The guard that answers for this thread: its own innermost one, else the one entered last anywhere.
+
+    A thread without a guard of its own (autograd's device threads, a pool that was there before) still writes to, and
+    reads, memory that the process's guards watch.
+    """
+    for guard in reversed(state.guards):
+        if guard in entered:
+            return guard
+    return entered[-1] if entered else None
+
+
+def enter(guard: Respondent) -> None:
+    """Make ``guard`` the innermost one of this thread."""
+    entered.append(guard)
+    state.guards.append(guard)
+
+
+def leave(guard: Respondent) -> None:
+    """Take ``guard`` out, wherever in the order it stands."""
+    if guard in entered:
+        entered.remove(guard)
+    if guard in state.guards:
+        state.guards.remove(guard)
+
+
+def answer(describe: Callable[[str | None], Violation]) -> None:
+    """Let the innermost guard answer a violation, which ``describe`` (given the reason to allow it) makes."""
+    guard = innermost()
+    if guard is None:
+        return
+    if state.reasons:
+        guard.record_allowed(describe(state.reasons[-1]))
+    else:
+        guard.respond(describe(None))
+
+
+def note_unwatched(what: str) -> None:
+    """Tell the innermost guard of something that it cannot watch."""
+    guard = innermost()
+    if guard is not None:
+        guard.note_unwatched(what)
+
+
+def inherited() -> list[Respondent]:
+    """The guards that a thread started now should find itself under."""
+    return [guard for guard in state.guards if guard in entered]
+
+
+def adopt(guards: list[Any]) -> None:
+    """Put this thread under the guards of the thread that started it."""
+    state.guards[:] = guards

@@ -1,0 +1,112 @@
+"""Backward unpacks a save: is it still what was saved?
+
+Asked at every read, so double backward, ``retain_graph`` and an access to ``ctx.saved_tensors`` are all covered. In this
+order: PyTorch's own check (which save hooks switch off), the saved tensor pointing elsewhere, a write nobody saw.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+
+from torchguard import _memory, _places, _policy, _refusal, _torch
+from torchguard._aliases import ALIASES
+from torchguard._saves import LEDGER, Save
+from torchguard._violation import Kind, Violation
+
+#: A save's version once its tensor was detached in place, which PyTorch refuses to unpack.
+DETACHED = -2
+
+
+class _Collector(threading.local):
+    """Which saves were read in this thread, while somebody wants to know."""
+
+    saves: list[Save] | None = None
+
+
+collector = _Collector()
+
+
+def make_unpack() -> Callable[[Save], torch.Tensor]:
+    """The unpack hook. What it uses is bound to local names: it runs at every read."""
+    aliases = ALIASES.by_storage
+    mode_active = _torch.function_mode_active
+    storage_id = _torch.storage_id
+    disabled = _torch.no_torch_function
+
+    def check(save: Save) -> None:
+        tensor = save.tensor
+        if tensor._version != save.version:
+            _refuse(save)
+        if save.storage in aliases:
+            ALIASES.sync(save.storage, LEDGER.in_storage(save.storage))
+        if save.remarks is not None or (save.node is None and storage_id(tensor) != save.storage):
+            _examine(save)
+
+    def unpack(save: Save) -> torch.Tensor:
+        if collector.saves is not None:
+            collector.saves.append(save)
+        if save.remarks is None and not mode_active():
+            check(save)
+        else:
+            with disabled():
+                check(save)
+        return save.tensor
+
+    return unpack
+
+
+def _refuse(save: Save) -> None:
+    if save.version == DETACHED:
+        raise _refusal.detached_refusal()
+    node = None if save.node is None else save.node.__name__
+    raise _refusal.refusal(save.tensor, save.version, node, save.output)
+
+
+def _examine(save: Save) -> None:
+    remarks = save.remark()
+    if remarks.settled:
+        return
+    tensor = save.tensor
+    rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
+    if not (rebound or remarks.compare or remarks.suspect is not None):
+        return
+    if remarks.proof is not None and _memory.same_bytes(tensor, remarks.proof):
+        remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
+        return
+    _report(save, "rebind" if rebound else "unseen")
+
+
+def _report(save: Save, kind: Kind) -> None:
+    remarks = save.remark()
+    remarks.settled = True
+    suspect = remarks.suspect
+    try:
+        here = _places.user_instruction(sys._getframe(1))
+    except ValueError:
+        here = None
+    elements = save.tensor.numel()
+    if remarks.proof is not None and remarks.proof.shape == save.tensor.shape:
+        changed = _memory.as_bytes(remarks.proof.contiguous()) != _memory.as_bytes(save.tensor.contiguous())
+        elements = int(changed.view(-1, save.tensor.element_size()).any(-1).sum()) if changed.numel() else 0
+
+    def describe(reason: str | None) -> Violation:
+        return Violation(
+            kind=kind,
+            operation="x.data = y" if kind == "rebind" else "",
+            saved=_places.place_of(save.instruction),
+            aliased=None if suspect is None else _places.place_of(suspect.instruction),
+            written=_places.place_of(here),
+            saved_by=save.operation,
+            elements=elements,
+            of=save.tensor.numel(),
+            caught="read",
+            allowed=reason,
+            thread=threading.current_thread().name,
+            **_memory.describe(save.tensor),
+        )
+
+    _policy.answer(describe)

@@ -1,0 +1,91 @@
+"""How does PyTorch itself word its refusal of a save whose version moved?
+
+Save hooks switch PyTorch's check off, so the guard makes it; and the message must be PyTorch's own, whichever version of
+torch it is. So PyTorch is made to produce it: the tensor is saved once more, natively, with its counter set to the version
+at which it was saved first, and then unpacked.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from torchguard import _torch
+
+
+class _Saver(torch.autograd.Function):
+    """Saves a tensor of any dtype the way PyTorch saves an input."""
+
+    @staticmethod
+    def forward(ctx: Any, one: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return one.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return None, None
+
+
+def refusal(tensor: torch.Tensor, expected: int, node: str | None, output: int) -> RuntimeError:
+    """PyTorch's error for a save of ``tensor`` at version ``expected`` that is at another version now.
+
+    Args:
+        tensor: what was saved: the tensor itself, or for an output a detached alias.
+        expected: its version when it was saved.
+        node: name of the node whose output it is, None where an input or a leaf was saved.
+        output: which output of that node.
+    """
+    message = _native_message(tensor, expected)
+    if node is not None:
+        message = message.replace(" is at version ", f", which is output {output} of {_as_torch_names(node)}, is at version ", 1)
+    return RuntimeError(message)
+
+
+def _native_message(tensor: torch.Tensor, expected: int) -> str:
+    now = tensor._version
+    with _torch.without_hooks(), torch.enable_grad(), _torch.no_torch_function():
+        one = torch.ones((), requires_grad=True)
+        _torch.set_version(tensor, expected)
+        try:
+            node: Any = _Saver.apply(one, tensor).grad_fn
+        finally:
+            _torch.set_version(tensor, now)
+        return _unpacking(lambda: node.saved_tensors)
+
+
+def _unpacking(unpack: Any) -> str:
+    try:
+        unpack()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("torch accepted a save whose version had moved")
+
+
+_style: list[bool] = []
+
+
+def _as_torch_names(node: str) -> str:
+    """``node`` as this torch names it in the message: ``ExpBackward0``, or ``Exp`` since 2.13."""
+    if not _style:
+        with _torch.without_hooks(), torch.enable_grad(), _torch.no_torch_function():
+            result = torch.ones((), requires_grad=True).exp()
+            saver: Any = result.grad_fn
+            result.detach().add_(1)
+            _style.append("ExpBackward" in _unpacking(lambda: saver._saved_result))
+    return node if _style[0] else re.sub(r"Backward\d*$", "", node)
+
+
+_detached: list[str] = []
+
+
+def detached_refusal() -> RuntimeError:
+    """PyTorch's error for a saved tensor that was detached in place."""
+    if not _detached:
+        with _torch.without_hooks(), torch.enable_grad(), _torch.no_torch_function():
+            middle = torch.ones((), requires_grad=True) * 1
+            saver: Any = (middle * middle).sum()
+            middle.detach_()
+            _detached.append(_unpacking(saver.backward))
+    return RuntimeError(_detached[0])

@@ -1,0 +1,241 @@
+"""What is known of a tensor that autograd has saved, and how is it recorded when it is saved?
+
+Note [What a save holds]. PyTorch keeps the very tensor where an op saves an *input* (or a leaf), and a detached alias where it
+saves its own *output*, because output -> node -> save -> output would be a cycle that no garbage collector sees. A save does
+the same: what it keeps alive, and what ``x.data = y`` does to it, is what it would be without the guard.
+
+An output is told from an input by the sequence number of the node that made it: the node that is saving right now is
+the one created last in this thread.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+from weakref import ref
+
+import torch
+
+from torchguard import _memory, _places, _policy, _torch
+from torchguard._aliases import ALIASES, PROOF_BYTES, AliasRecord
+from torchguard._ledger import Extent, Ledger
+
+#: A node that is a custom Function may have made other nodes in its forward, which upsets the sequence numbers.
+_APPLY_CODE = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+
+_FILE_AT = 4096
+
+
+class Remarks:
+    """What is known of the few saves about which there is something to say."""
+
+    __slots__ = ("compare", "proof", "settled", "suspect")
+
+    def __init__(self) -> None:
+        #: The alias whose counter moved without a write that the guard saw.
+        self.suspect: AliasRecord | None = None
+        #: A copy of the saved bytes.
+        self.proof: torch.Tensor | None = None
+        #: Whether the bytes decide at the read: a trusted writer has written.
+        self.compare = False
+        #: Whether a violation has been answered already: one save is reported once.
+        self.settled = False
+
+
+class Save:
+    """A tensor that autograd keeps for backward.
+
+    Attributes:
+        tensor: the tensor itself where an input or a leaf was saved, a detached alias where an output was.
+        version: its version when it was saved.
+        storage: identity of its storage when it was saved.
+        code, offset: the instruction in the user's code that saved it (None and 0 if there is none).
+        inner_code, inner_offset: the innermost instruction, in torch or in the user's code.
+        node: type of the node whose output it is, None where it is not an output of the node that saved it.
+        output: which output of that node.
+        remarks: None until there is something to remark.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "code",
+        "inner_code",
+        "inner_offset",
+        "node",
+        "offset",
+        "output",
+        "remarks",
+        "storage",
+        "tensor",
+        "version",
+    )
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        version: int,
+        storage: int,
+        code: CodeType | None,
+        offset: int,
+        inner_code: CodeType | None,
+        inner_offset: int,
+        node: type | None,
+        output: int,
+    ) -> None:
+        self.tensor = tensor
+        self.version = version
+        self.storage = storage
+        self.code = code
+        self.offset = offset
+        self.inner_code = inner_code
+        self.inner_offset = inner_offset
+        self.node = node
+        self.output = output
+        self.remarks: Remarks | None = None
+
+    def remark(self) -> Remarks:
+        """The remarks, made if there are none yet."""
+        if self.remarks is None:
+            self.remarks = Remarks()
+        return self.remarks
+
+    def keep_proof(self, at_most: int | None = None) -> None:
+        """Keep a copy of the saved bytes, if there is none yet and they are no more than ``at_most``."""
+        tensor = self.tensor
+        with torch.no_grad(), _torch.no_torch_function():
+            if at_most is not None and tensor.numel() * tensor.element_size() > at_most:
+                return
+            remarks = self.remark()
+            if remarks.proof is None:
+                remarks.proof = tensor.detach().clone()
+
+    @property
+    def moved(self) -> bool:
+        """Whether the version moved since: PyTorch will refuse to use the save."""
+        return _memory.version_of(self.tensor) != self.version
+
+    @property
+    def instruction(self) -> _places.Instruction:
+        """The instruction in the user's code that saved it."""
+        return None if self.code is None else (self.code, self.offset)
+
+    @property
+    def operation(self) -> str:
+        """The operation that saved it, ``""`` where it cannot be told."""
+        if self.node is not None:
+            return operation_of_node(self.node.__name__)
+        return "" if self.inner_code is None else _places.operation_of((self.inner_code, self.inner_offset))
+
+
+def operation_of_node(name: str) -> str:
+    """``"LinalgSvdBackward0"`` -> ``"linalg_svd"``; a custom Function keeps its own name."""
+    stem, backward, number = name.partition("Backward")
+    if not backward or not number.isdigit():
+        return stem
+    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(stem))
+
+
+def _extent_of(save: Save) -> Extent | None:
+    return extent_of(save.tensor)
+
+
+def extent_of(tensor: torch.Tensor) -> Extent | None:
+    """Where the tensor's storage lies, and whether it is foreign; None where it has no memory."""
+    try:
+        with _torch.no_torch_function():
+            low = _torch.storage_address(tensor)
+            storage = tensor.untyped_storage()
+            return (low, low + storage.nbytes(), not storage.resizable()) if low else None
+    except _memory.NO_MEMORY:
+        return None
+
+
+#: The live saves of this process.
+LEDGER: Ledger[Save] = Ledger(_extent_of)
+
+
+def make_pack() -> Callable[[torch.Tensor], Save]:
+    """The pack hook. Everything it uses is bound to a local name: it runs once a save."""
+    pending = LEDGER.pending
+    file = LEDGER.file
+    append = pending.append
+    plain = _memory.PLAIN_TYPES
+    mode_active = _torch.function_mode_active
+    storage_id = _torch.storage_id
+    next_number = _torch.next_sequence_number
+    library = _places._is_ours
+    user_instruction = _places.user_instruction
+    aliases = ALIASES.by_storage
+    getframe = sys._getframe
+    disabled = _torch.no_torch_function
+
+    def record(tensor: torch.Tensor, storage: int) -> Save:
+        grad_fn = tensor.grad_fn
+        node: type | None = None
+        output = 0
+        try:
+            frame: Any = getframe(2)
+        except ValueError:  # an autograd thread: no Python code on the stack
+            frame = None
+        if grad_fn is not None and _is_output(tensor, grad_fn, frame, next_number()):
+            node = type(grad_fn)
+            output = tensor.output_nr
+            kept = tensor.detach()
+        else:
+            kept = tensor
+        if frame is None:
+            code = inner_code = None
+            offset = inner_offset = 0
+        else:
+            inner_code = code = frame.f_code
+            inner_offset = offset = frame.f_lasti
+            if library.get(code.co_filename) is not False:
+                found = user_instruction(frame)
+                code, offset = found if found is not None else (None, 0)
+        save = Save(kept, tensor._version, storage, code, offset, inner_code, inner_offset, node, output)
+        if storage in aliases:
+            ALIASES.sync(storage, LEDGER.in_storage(storage))
+            if ALIASES.arm(storage):
+                save.keep_proof(PROOF_BYTES)
+        append(ref(save))
+        if len(pending) > _FILE_AT:
+            file()
+        return save
+
+    def record_exotic(tensor: torch.Tensor) -> Save:
+        storage = _memory.storage_of(tensor)
+        with disabled():
+            save = record(tensor, storage)
+        save.remark()  # a save with remarks is read with user code kept out
+        if _memory.span_of(tensor) is None and tensor.device.type != "meta":
+            _policy.note_unwatched(
+                f"{type(tensor).__name__} of layout {str(tensor.layout).removeprefix('torch.')}: no memory to compare writes "
+                "with; PyTorch's own version check still applies"
+            )
+        return save
+
+    def pack(tensor: torch.Tensor) -> Save:
+        if type(tensor) in plain and not mode_active():
+            try:
+                storage = storage_id(tensor)
+            except _memory.NO_MEMORY:  # sparse, opaque, a functorch wrapper
+                return record_exotic(tensor)
+            return record(tensor, storage)
+        return record_exotic(tensor)
+
+    return pack
+
+
+def _is_output(tensor: torch.Tensor, grad_fn: Any, frame: Any, next_number: int) -> bool:
+    if next_number < 0:
+        return True  # this torch does not tell: never risk a cycle
+    if grad_fn._sequence_nr() == next_number - 1:
+        return True
+    # A custom Function whose forward recorded a graph of its own: what carries this very Function's node may be its output.
+    return (
+        frame is not None
+        and frame.f_code is _APPLY_CODE
+        and type(grad_fn) is getattr(frame.f_locals.get("cls"), "_backward_cls", None)
+    )

@@ -1,0 +1,189 @@
+"""Which private names of torch does torchguard use, and what happens where one is missing?
+
+The only module that touches names with a leading underscore inside torch. Each has a reason why no public name will
+do, and each either falls back on something slower or is listed by :func:`missing`, so that the guard can say what it
+does not watch instead of crashing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+_C: Any = torch._C
+_autograd: Any = torch._C._autograd
+
+Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+# ``Tensor.data_ptr()`` materialises a copy-on-write tensor and ``untyped_storage()`` makes a Python object: the two
+# private look-ups do neither.
+
+if hasattr(_C, "_storage_id"):
+    storage_id: Callable[[torch.Tensor], int] = _C._storage_id
+else:  # before 2.1
+
+    def storage_id(tensor: torch.Tensor) -> int:
+        """Identity of the tensor's storage, the same for all its views."""
+        return int(tensor.untyped_storage()._cdata)
+
+
+if hasattr(_C, "_data_address"):
+    storage_address: Callable[[torch.Tensor], int] = _C._data_address
+else:
+
+    def storage_address(tensor: torch.Tensor) -> int:
+        """Address of the first byte of the tensor's storage."""
+        return tensor.untyped_storage().data_ptr()
+
+
+# ---- version counters ---------------------------------------------------------------------------------------------
+# There is no public way to put a counter back, which the probe for shared counters needs.
+
+_set_counter = getattr(_autograd, "_unsafe_set_version_counter", None)
+CAN_PROBE_COUNTERS = _set_counter is not None
+
+
+def set_version(tensor: torch.Tensor, version: int) -> None:
+    """Set the version counter of ``tensor``, and with it that of everything that shares the counter."""
+    assert _set_counter is not None
+    try:
+        _set_counter((tensor,), (version,))
+    except TypeError:  # a tensor and an int up to 2.5
+        _set_counter(tensor, version)
+
+
+# ---- modes and subclasses -----------------------------------------------------------------------------------------
+# Reading ``tensor._version`` calls a user's ``__torch_function__``; the guard must not be seen by it.
+
+function_mode_active: Callable[[], bool] = getattr(_C, "_is_torch_function_mode_enabled", lambda: True)
+dispatch_mode_depth: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", lambda: 0)
+no_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(_C, "DisableTorchFunction", nullcontext)
+no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableTorchDispatch", nullcontext)
+
+
+def remove_function_mode(mode: Any) -> None:
+    """Take a function mode off this thread's stack, wherever it lies on it."""
+    from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode  # type: ignore[attr-defined]
+
+    above = []
+    while _len_torch_function_stack():
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------------
+# The public saved_tensors_hooks pops by position; a guard that leaves out of order must find its own pair.
+
+next_sequence_number: Callable[[], int] = getattr(_autograd, "_get_sequence_nr", lambda: -1)
+_push = _autograd._push_saved_tensors_default_hooks
+_pop = _autograd._pop_saved_tensors_default_hooks
+_top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+_hooks_enabled: Callable[[], bool] = getattr(_autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
+
+#: Where torch.func switches save hooks off and on again, by name: patched so that the guard can step aside.
+HOOK_SWITCHES = (_autograd, "_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable")
+
+
+def hooks_enabled() -> bool:
+    """Whether this thread may push save hooks (torch.func forbids it)."""
+    return _hooks_enabled()
+
+
+def push_hooks(pair: Hooks) -> None:
+    """Push a pair of save hooks onto this thread's stack."""
+    _push(*pair)
+
+
+def top_hooks() -> Hooks | None:
+    """The innermost pair of save hooks of this thread."""
+    if _top is None:
+        return None
+    pair = _top(True)
+    return None if pair is None else (pair[0], pair[1])
+
+
+def remove_hooks(pair: Hooks) -> int:
+    """Remove the innermost occurrence of ``pair``, wherever it lies on this thread's stack.
+
+    Returns how many pairs lay above it (they are back where they were), or -1 if it was not there.
+    """
+    above: list[Hooks] = []
+    found = -1
+    while (top := top_hooks()) is not None:
+        _pop()
+        if top[0] is pair[0]:
+            found = len(above)
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push(*other)
+    return found
+
+
+@contextmanager
+def without_hooks() -> Iterator[None]:
+    """Run a block with this thread's save hooks lifted: what it saves is saved the way plain PyTorch does."""
+    lifted: list[Hooks] = []
+    while (top := top_hooks()) is not None:
+        _pop()
+        lifted.append(top)
+    try:
+        yield
+    finally:
+        for pair in reversed(lifted):
+            _push(*pair)
+
+
+# ---- what else is patched -----------------------------------------------------------------------------------------
+# ``torch.jit.script`` finds an operator by the id of the Python function: a wrapper has to be entered there.
+
+
+def script_name(function: object) -> str | None:
+    """The operator that TorchScript takes ``function`` for, or None."""
+    builtins: Any = torch.jit._builtins  # type: ignore[attr-defined]
+    name: str | None = builtins._find_builtin(function)
+    return name
+
+
+def enter_script_name(wrapper: object, name: str) -> None:
+    """Let TorchScript take ``wrapper`` for the operator ``name``."""
+    builtins: Any = torch.jit._builtins  # type: ignore[attr-defined]
+    builtins._register_builtin(wrapper, name)
+
+
+def remove_script_name(wrapper: object) -> None:
+    """Take back :func:`enter_script_name`."""
+    builtins: Any = torch.jit._builtins  # type: ignore[attr-defined]
+    builtins._get_builtin_table().pop(id(wrapper), None)
+
+
+VF: Any = torch._VF  # type: ignore[attr-defined]
+NN: Any = torch._C._nn  # type: ignore[attr-defined]
+VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
+
+
+def schemas_of(name: str) -> list[Any]:
+    """Schemas of the overloads of ``aten::name``; empty where there is no such operator."""
+    find = getattr(_C, "_jit_get_schemas_for_operator", None)
+    return list(find(f"aten::{name}")) if find is not None else []
+
+
+def missing() -> list[str]:
+    """What this build of torch does not offer, as sentences about what therefore is not watched."""
+    told = []
+    if not CAN_PROBE_COUNTERS:
+        told.append(
+            "torch has no _unsafe_set_version_counter: whether an alias shares its counter is told from versions only"
+        )
+    if _top is None:
+        told.append("torch has no _top_saved_tensors_default_hooks: guards must be left in the order they were entered")
+    return told

@@ -1,0 +1,221 @@
+"""Which calls write to memory, to which of their arguments, and does PyTorch's version counter notice?
+
+The table is derived from torch itself: names that end in an underscore, in-place operators, and the operators' schemas,
+which say what each of them mutates. What a schema does not say is measured by ``tests/test_writers.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchguard import _torch
+
+#: These write through a raw pointer and leave the version counter where it was (measured; a test measures again).
+_MOVE_NO_COUNTER = frozenset(
+    {
+        "apply_",
+        "map_",
+        "map2_",
+        "_fused_adagrad_",
+        "_fused_adam_",
+        "_fused_adamw_",
+        "_fused_sgd_",
+        "_amp_foreach_non_finite_check_and_unscale_",
+        "_amp_update_scale_",
+    }
+)
+
+#: These change what a tensor is, not what is in its memory (most such operators carry the tag ``inplace_view``).
+_METADATA_ONLY = frozenset(
+    {
+        "requires_grad_",
+        "rename_",
+        "share_memory_",
+        "_coalesced_",
+        "sparse_resize_",
+        "sparse_resize_and_clear_",
+        "resize_as_sparse_",
+        "_resize_output_",
+        "resize_",
+        "resize_as_",
+        "set_",
+        "retain_grad_",
+    }
+)
+
+#: A rehearsal of these would call the user's function once more, or draw random numbers.
+_NOT_REPEATABLE = frozenset(
+    {
+        "apply_",
+        "map_",
+        "map2_",
+        "alpha_dropout_",
+        "dropout_",
+        "feature_alpha_dropout_",
+        "feature_dropout_",
+        "rrelu_",
+        "rrelu_with_noise_",
+        "_fill_mem_eff_dropout_mask_",
+    }
+)
+
+_IN_PLACE_OPERATORS = frozenset(
+    "__iadd__ __isub__ __imul__ __imatmul__ __idiv__ __itruediv__ __ifloordiv__ __imod__ __ipow__ "
+    "__iand__ __ior__ __ixor__ __ilshift__ __irshift__ __setitem__".split()
+)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A call that writes.
+
+    Attributes:
+        name: its name, ``"add_"`` say.
+        written: position and keyword of each argument that it writes to.
+        moves_counter: whether the written tensor's version moves.
+        repeatable: whether calling it on a copy has no effect but on the copy.
+    """
+
+    name: str
+    written: tuple[tuple[int, str], ...] = ((0, "self"),)
+    moves_counter: bool = True
+    repeatable: bool = True
+
+    @property
+    def title(self) -> str:
+        """The name as a report shows it."""
+        return _TITLES.get(self.name, f"{self.name}()")
+
+    def targets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors that a call with these arguments writes to."""
+        found: list[torch.Tensor] = []
+        for position, keyword in self.written:
+            value = args[position] if position < len(args) else kwargs.get(keyword, kwargs.get("input"))
+            found.extend(tensors_in(value))
+        return found
+
+    def substituted(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], copies: Mapping[int, torch.Tensor]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The same arguments with each written tensor replaced by ``copies[id(tensor)]``."""
+
+        def copy(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return copies.get(id(value), value)
+            if isinstance(value, (list, tuple)):
+                return [copy(item) for item in value]
+            return value
+
+        positions = {position for position, _ in self.written}
+        keywords = {keyword for _, keyword in self.written} | {"input"}
+        return (
+            [copy(value) if i in positions else value for i, value in enumerate(args)],
+            {name: copy(value) if name in keywords else value for name, value in kwargs.items()},
+        )
+
+
+_TITLES = {
+    "__setitem__": "x[i] = v",
+    "__iadd__": "+=",
+    "__isub__": "-=",
+    "__imul__": "*=",
+    "__imatmul__": "@=",
+    "__idiv__": "/=",
+    "__itruediv__": "/=",
+    "__ifloordiv__": "//=",
+    "__imod__": "%=",
+    "__ipow__": "**=",
+    "__iand__": "&=",
+    "__ior__": "|=",
+    "__ixor__": "^=",
+    "__ilshift__": "<<=",
+    "__irshift__": ">>=",
+}
+
+
+def tensors_in(value: Any) -> Iterable[torch.Tensor]:
+    """The tensors in an argument: itself, or the members of a list or tuple."""
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    if isinstance(value, (list, tuple)):
+        return [item for item in value if isinstance(item, torch.Tensor)]
+    return ()
+
+
+def _can_write(name: str) -> bool:
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+
+
+def writer_of(name: str) -> Writer | None:
+    """What the operator ``name`` writes to; None where it writes to no memory."""
+    if not _can_write(name) or name in _METADATA_ONLY:
+        return None
+    written: dict[int, str] = {}
+    repeatable = name not in _NOT_REPEATABLE
+    for schema in _torch.schemas_of(name):
+        for position, argument in enumerate(schema.arguments):
+            info = argument.alias_info
+            if info is not None and info.is_write and "Tensor" in str(argument.type):
+                written[position] = argument.name
+        tags = _tags(name, schema.overload_name)
+        if torch.Tag.inplace_view in tags:
+            return None
+        repeatable = repeatable and torch.Tag.nondeterministic_seeded not in tags
+    return Writer(name, tuple(sorted(written.items())) or ((0, "self"),), name not in _MOVE_NO_COUNTER, repeatable)
+
+
+def _tags(name: str, overload: str) -> Sequence[Any]:
+    packet = getattr(torch.ops.aten, name, None)
+    operator = getattr(packet, overload or "default", None)
+    return getattr(operator, "tags", ())
+
+
+def writers_in(namespace: Any, names: Iterable[str]) -> dict[str, tuple[Callable[..., Any], Writer]]:
+    """The callables of a namespace that write, with what they write to.
+
+    Functions written in Python are left out (those of ``torch.Tensor`` excepted): they call the ones that are here.
+    """
+    found = {}
+    for name in names:
+        if not _can_write(name):
+            continue
+        function = getattr(namespace, name, None)
+        if not callable(function) or (namespace is not torch.Tensor and inspect.isfunction(function)):
+            continue
+        writer = writer_of(name)
+        if writer is not None:
+            found[name] = (function, writer)
+    return found
+
+
+def writer_of_operator(operator: Any) -> Writer | None:
+    """What a ``torch.ops`` operator writes to, by its schema; None where it writes to nothing or does not say."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None:
+        default = getattr(operator, "default", None)  # a packet: its overloads mutate the same arguments
+        schema = getattr(default, "_schema", None)
+        if schema is None:
+            return None
+    written = tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    name = str(schema.name).rpartition("::")[2]
+    if not written or name in _METADATA_ONLY:
+        return None
+    tags = getattr(operator, "tags", ())
+    if torch.Tag.inplace_view in tags:
+        return None
+    return Writer(
+        name, written, name not in _MOVE_NO_COUNTER, name not in _NOT_REPEATABLE and torch.Tag.nondeterministic_seeded not in tags
+    )
+
+
+#: ``out=``: whatever the function is, this is what it writes to.
+OUT = Writer("out=", written=((10**6, "out"),))

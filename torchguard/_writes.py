@@ -1,0 +1,269 @@
+"""A call is about to write: would it change, unseen by autograd, memory that a live save needs?
+
+Note [Rehearsal]. Where a silent write to a live save is about to happen, the call is first made on a copy of the memory
+that it writes to. That shows which bytes it changes, whatever picks them (a slice, a mask, an index tensor, a scatter, values
+that happen to be there already), so the verdict is about bytes and not about what a call might do. It is paid for only by a
+call that would otherwise be reported.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchguard import _memory, _places, _policy, _torch
+from torchguard._aliases import ALIASES, PROOF_BYTES
+from torchguard._overlap import overlaps
+from torchguard._saves import LEDGER, Save, extent_of
+from torchguard._violation import Kind, Violation
+from torchguard._writers import Writer
+
+#: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
+_TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
+
+
+@dataclass
+class _Hit:
+    """A live save that a write would silently touch, and how many of its elements."""
+
+    save: Save
+    target: torch.Tensor
+    elements: int = 0
+
+
+def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
+    """Live saves that may lie over the tensor's memory, whatever storage they are in."""
+    saves = LEDGER.in_storage(storage)
+    if not LEDGER:
+        return saves
+    extent = extent_of(tensor)
+    if extent is not None and (extent[2] or LEDGER.has_foreign):
+        saves = saves + LEDGER.across_storages(storage, extent)
+    return saves
+
+
+def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Judge a call that writes, and make it.
+
+    Raises:
+        SavedTensorCorruptionError: by the innermost guard, before any memory has changed.
+    """
+    watched: list[int] = []
+    hits: list[_Hit] = []
+    for target in writer.targets(args, kwargs):
+        storage = _memory.storage_of(target)
+        if not storage:
+            continue
+        saves = saves_near(target, storage)
+        if storage in ALIASES.by_storage:
+            ALIASES.sync(storage, saves)
+            watched.append(storage)
+        if saves:
+            hits += [_Hit(save, target) for save in saves if _is_silent(writer, target, save)]
+            del saves
+    if hits:
+        _answer(writer, call, args, kwargs, hits)
+        hits.clear()
+    if not watched:
+        return call(*args, **kwargs)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        for storage in watched:
+            ALIASES.settle(storage)
+
+
+def _is_silent(writer: Writer, target: torch.Tensor, save: Save) -> bool:
+    """Whether the call may write to the save's memory without moving the save's version."""
+    if save.moved:
+        return False  # PyTorch refuses this save already
+    with _torch.no_torch_function():
+        if target.requires_grad and target.is_leaf and torch.is_grad_enabled() and writer.moves_counter:
+            return False  # PyTorch refuses the call
+    there = _memory.span_of(target)
+    here = _memory.span_of(save.tensor)
+    if there is None or here is None or overlaps(there, here) is False:
+        return False
+    return not (writer.moves_counter and _memory.shares_counter(target, save.tensor))
+
+
+def _answer(
+    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[_Hit]
+) -> None:
+    frame = sys._getframe(1)
+    if _places.called_from(frame, _TRUSTED_FILES):
+        _let_bytes_decide([hit.save for hit in hits])
+        return
+    try:
+        changes = _rehearse(writer, call, args, kwargs)
+    except Exception:
+        # PyTorch refuses the call, and says so itself when it is made in a moment. Should it not, the bytes decide.
+        _let_bytes_decide([hit.save for hit in hits])
+        return
+    here = _places.user_instruction(frame)
+    corrupted = []
+    for hit in hits:
+        span = _memory.span_of(hit.save.tensor)
+        assert span is not None
+        mask, address = changes[id(hit.target)]
+        hit.elements = _memory.touched_elements(mask, address, span)
+        if hit.elements:
+            corrupted.append(hit)
+    for hit in corrupted:
+        report(hit.save, "write", writer.title, here, hit.elements, hit.target)
+    for hit in corrupted:
+        hit.save.remark().settled = True
+
+
+def report(
+    save: Save, kind: Kind, operation: str, here: _places.Instruction, elements: int, target: torch.Tensor | None
+) -> None:
+    """Have a violation at the write answered: raises under ``strict()``."""
+    alias = None if target is None else ALIASES.taken_at(target, _memory.storage_of(target))
+
+    def describe(reason: str | None) -> Violation:
+        return Violation(
+            kind=kind,
+            operation=operation,
+            saved=_places.place_of(save.instruction),
+            aliased=_places.place_of(alias),
+            written=_places.place_of(here),
+            saved_by=save.operation,
+            elements=elements,
+            of=save.tensor.numel(),
+            allowed=reason,
+            thread=threading.current_thread().name,
+            **_memory.describe(save.tensor),
+        )
+
+    _policy.answer(describe)
+
+
+def _let_bytes_decide(saves: Sequence[Save]) -> None:
+    """Keep the saved bytes and compare them at the read."""
+    for save in saves:
+        save.keep_proof()
+        save.remark().compare = True
+
+
+_Changes = Mapping[int, tuple[torch.Tensor, int]]
+
+
+def _rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Changes:
+    """Which bytes the call changes: for each written tensor (by id) a mask and the address of the mask's first byte."""
+    targets = writer.targets(args, kwargs)
+    with torch.no_grad(), _torch.no_torch_function():
+        if not writer.repeatable or any(not _can_rehearse(target) for target in targets):
+            return {id(target): _everything(target) for target in targets}
+        copies, memories = {}, {}
+        for target in targets:
+            copies[id(target)], memories[id(target)] = _memory.replica_of(target)
+        new_args, new_kwargs = writer.substituted(args, kwargs, copies)
+        call(*new_args, **new_kwargs)
+        return {
+            id(target): (_memory.changed_bytes(target, memories[id(target)]), _address(target)) for target in targets
+        }
+
+
+def _can_rehearse(target: torch.Tensor) -> bool:
+    return (
+        type(target) in _memory.PLAIN_TYPES
+        and not target.is_conj()
+        and not target.is_neg()
+        and not target.is_quantized
+        and not _torch.dispatch_mode_depth()
+    )
+
+
+def _address(target: torch.Tensor) -> int:
+    span = _memory.span_of(target)
+    return 0 if span is None else span.address
+
+
+def _everything(target: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The mask of a call that may change every element of its target."""
+    return _memory.reach(target), _address(target)
+
+
+# ---- x.data = y ---------------------------------------------------------------------------------------------------
+
+
+def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: Any) -> None:
+    """Judge ``tensor.data = value``, and do it.
+
+    An input or leaf that was saved is the very object that backward will read: pointing it at other memory changes what
+    backward sees. An output's save has a handle of its own and stays what it was.
+
+    Raises:
+        SavedTensorCorruptionError: by the innermost guard, before anything has changed.
+    """
+    storage = _memory.storage_of(tensor)
+    saves = [save for save in LEDGER.in_storage(storage) if save.tensor is tensor] if storage else []
+    if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
+        if not _same(tensor, value):
+            frame = sys._getframe(1)
+            if _places.called_from(frame, _TRUSTED_FILES):
+                _let_bytes_decide(saves)
+            else:
+                here = _places.user_instruction(frame)
+                for save in saves:
+                    if not save.moved:
+                        report(save, "rebind", "x.data = y", here, save.tensor.numel(), None)
+                for save in saves:
+                    save.remark().settled = True
+        setter(tensor, value)
+        for save in saves:  # what backward will read lies elsewhere now
+            save.storage = _memory.storage_of(tensor)
+            LEDGER.add(save)
+    else:
+        setter(tensor, value)
+    if isinstance(value, torch.Tensor) and type(value) in _memory.PLAIN_TYPES:
+        enter_alias(value, sys._getframe(1), _memory.version_of(value))
+
+
+def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    try:
+        with _torch.no_torch_function():
+            setter(tensor.detach(), value)
+    except (RuntimeError, TypeError):
+        return False  # PyTorch refuses it, and says so itself in a moment
+    return True
+
+
+def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether backward would see the same values in ``value``."""
+    with torch.no_grad(), _torch.no_torch_function():
+        if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
+            return False
+        if (span := _memory.span_of(tensor)) is not None and span == _memory.span_of(value):
+            return True
+        return _memory.same_bytes(tensor, value)
+
+
+# ---- aliases ------------------------------------------------------------------------------------------------------
+
+
+def enter_alias(alias: torch.Tensor, frame: Any, version: int = 0) -> None:
+    """Take down an alias with a counter of its own; watch the counter at once where a live save needs it."""
+    storage = _memory.storage_of(alias)
+    if not storage or version < 0:
+        return
+    saves = LEDGER.in_storage(storage)
+    record = ALIASES.enter(alias, storage, _places.user_instruction(frame), version)
+    if saves:
+        record.arm(alias)
+        for save in saves:
+            save.keep_proof(PROOF_BYTES)
+
+
+def detached_in_place(tensor: torch.Tensor) -> list[Save]:
+    """The saves that hold ``tensor`` as a non-leaf input: PyTorch refuses them once it is detached in place."""
+    storage = _memory.storage_of(tensor)
+    if not storage or tensor.is_leaf:
+        return []
+    return [save for save in LEDGER.in_storage(storage) if save.tensor is tensor]

@@ -1,0 +1,276 @@
+"""How is the guard switched on and off: ``strict()``, ``warn()``, ``Guard`` and ``allow()``?"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, TypeVar, cast
+
+from torchguard import _hooks, _intercept, _policy, _torch
+from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Action = Literal["raise", "warn", "record"]
+
+_ACTIONS = ("raise", "warn", "record")
+
+
+class _Block:
+    """A context manager that also decorates functions, generator functions and coroutine functions."""
+
+    def _fresh(self) -> Any:
+        """A context manager for one call of a decorated function."""
+        raise NotImplementedError
+
+    def __call__(self, function: F) -> F:
+        if not callable(function):
+            raise TypeError(f"torchguard: {type(self).__name__.lower()}() decorates functions, not {function!r}")
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def run_coroutine(*args: Any, **kwargs: Any) -> Any:
+                with self._fresh():
+                    return await function(*args, **kwargs)
+
+            return cast("F", run_coroutine)
+        if inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def run_generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+                # On only while the generator runs, off while its consumer does, as torch.no_grad() does it.
+                return _driven(function(*args, **kwargs), self._fresh)
+
+            return cast("F", run_generator)
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._fresh():
+                return function(*args, **kwargs)
+
+        return cast("F", run)
+
+
+def _driven(generator: Generator[Any, Any, Any], fresh: Callable[[], Any]) -> Generator[Any, Any, Any]:
+    step: Callable[[], Any] = lambda: next(generator)  # noqa: E731
+    try:
+        while True:
+            with fresh():
+                try:
+                    value = step()
+                except StopIteration as stop:
+                    return stop.value
+            try:
+                sent = yield value
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                thrown = error
+                step = lambda thrown=thrown: generator.throw(thrown)  # noqa: E731
+            else:
+                step = lambda sent=sent: generator.send(sent)  # noqa: E731
+    finally:
+        with fresh():
+            generator.close()
+
+
+class Guard(_Block):
+    """Watches every tensor that autograd saves and every write to its memory, from entering to leaving.
+
+    Use it as ``with Guard() as guard:`` or as a decorator. A guard is entered once; make a new one for the next block.
+    Guards nest: the innermost one of a thread answers. Threads that are started inside are under it too.
+
+    Args:
+        action: what happens at a violation: ``"raise"`` a :class:`SavedTensorCorruptionError`, ``"warn"`` a
+            :class:`SavedTensorCorruptionWarning` once a site, or just ``"record"`` it.
+        at: ``"write"``: judged when the write is about to happen, before memory changes. (What only the alias's version
+            counter gives away is judged when backward reads the save.)
+        depth: ``"saves"``: every tensor that autograd saves is known.
+        every_call: also see calls that no patch sees (``out=``, ``torch.ops``, functions bound before the guard), at the
+            cost of about a microsecond for every torch call.
+
+    Raises:
+        ValueError: for an action, a moment or a depth that does not exist.
+    """
+
+    def __init__(
+        self, action: Action = "raise", at: Literal["write"] = "write", depth: Literal["saves"] = "saves", every_call: bool = False
+    ) -> None:
+        _check("action", action, _ACTIONS)
+        _check("at", at, ("write",))
+        _check("depth", depth, ("saves",))
+        if not isinstance(every_call, bool):
+            raise TypeError(f"torchguard: every_call is True or False, not {every_call!r}")
+        self.action: Action = action
+        self.at = at
+        self.depth = depth
+        self.every_call = every_call
+        self._violations: dict[Any, list[Any]] = {}
+        self._allowed: dict[Any, list[Any]] = {}
+        self._unwatched: dict[str, None] = dict.fromkeys(_torch.missing())
+        self._lock = threading.Lock()
+        self._state: Literal["new", "entered", "left"] = "new"
+        self._pair: Any = None
+        self._mode: Any = None
+        self._thread = 0
+
+    def __repr__(self) -> str:
+        return f"<torchguard.Guard action={self.action!r}, {self._state}, {len(self._violations)} violations>"
+
+    def _fresh(self) -> Guard:
+        return Guard(self.action, self.at, self.depth, self.every_call)
+
+    # ---- entering and leaving
+
+    def __enter__(self) -> Guard:
+        if self._state != "new":
+            what = "is entered already" if self._state == "entered" else "has been used"
+            raise RuntimeError(f"torchguard: this guard {what}; make a new one for each block, with torchguard.strict() say")
+        _intercept.install()
+        try:
+            _policy.enter(self)
+            self._pair = _hooks.push()
+            if self.every_call:
+                self._mode = _intercept.push_mode()
+        except BaseException:
+            self._leave()
+            raise
+        self._thread = threading.get_ident()
+        self._state = "entered"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._state != "entered":
+            raise RuntimeError("torchguard: this guard is not entered")
+        self._state = "left"
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._mode is not None:
+            _intercept.remove_mode(self._mode)
+            self._mode = None
+        if self._pair is not None:
+            _hooks.remove(self._pair)
+            self._pair = None
+        _policy.leave(self)
+        _intercept.uninstall()
+
+    # ---- what it found
+
+    @property
+    def violations(self) -> list[Violation]:
+        """The violations so far, one a site, in the order in which they were first seen."""
+        return self._counted(self._violations)
+
+    @property
+    def allowed(self) -> list[Violation]:
+        """The writes that an :func:`allow` block permitted, one a site, each with its reason."""
+        return self._counted(self._allowed)
+
+    @property
+    def unwatched(self) -> list[str]:
+        """What this build of torch, or this program, keeps out of the guard's sight, and why."""
+        with self._lock:
+            return list(self._unwatched)
+
+    def _counted(self, sites: dict[Any, list[Any]]) -> list[Violation]:
+        with self._lock:
+            return [replace(violation, times=times) for violation, times in sites.values()]
+
+    def _keep(self, violation: Violation, sites: dict[Any, list[Any]]) -> bool:
+        """Keep a violation; False if its site is known."""
+        with self._lock:
+            entry = sites.setdefault((violation.site, violation.allowed), [violation, 0])
+            entry[1] += 1
+            return bool(entry[1] == 1)
+
+    # ---- what the policy calls
+
+    def respond(self, violation: Violation) -> None:
+        """Raise, warn or record. (Called by torchguard.)"""
+        new = self._keep(violation, self._violations)
+        if self.action == "raise":
+            raise SavedTensorCorruptionError(violation)
+        if self.action == "warn" and new:
+            place = violation.written
+            warnings.warn_explicit(
+                SavedTensorCorruptionWarning(str(violation)),
+                category=None,  # type: ignore[arg-type]
+                filename=place.file if place else "<autograd>",
+                lineno=place.line if place else 0,
+            )
+
+    def record_allowed(self, violation: Violation) -> None:
+        """Keep a violation that is allowed. (Called by torchguard.)"""
+        self._keep(violation, self._allowed)
+
+    def note_unwatched(self, what: str) -> None:
+        """Keep what is out of sight. (Called by torchguard.)"""
+        with self._lock:
+            self._unwatched.setdefault(what)
+
+
+def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"torchguard: {name} is one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def strict(*, at: Literal["write"] = "write", every_call: bool = False) -> Guard:
+    """Raise :class:`SavedTensorCorruptionError` at the line that corrupts, before any memory changes.
+
+    Args:
+        at: when to judge, see :class:`Guard`.
+        every_call: see :class:`Guard`.
+    """
+    return Guard("raise", at, every_call=every_call)
+
+
+def warn(*, at: Literal["write"] = "write", every_call: bool = False) -> Guard:
+    """Warn with :class:`SavedTensorCorruptionWarning`, once a site; results are those of the unguarded program.
+
+    Args:
+        at: when to judge, see :class:`Guard`.
+        every_call: see :class:`Guard`.
+    """
+    return Guard("warn", at, every_call=every_call)
+
+
+class allow(_Block):  # noqa: N801 - used like a function
+    """A block, or a decorated function, whose writes are intended; nothing in it is a violation.
+
+    Args:
+        reason: why; it is kept with each write that it allowed, in ``guard.allowed``.
+
+    Raises:
+        TypeError, ValueError: without a reason.
+    """
+
+    def __init__(self, reason: str) -> None:
+        if not isinstance(reason, str):
+            raise TypeError('torchguard: allow() needs a reason, for example allow("weights are restored before backward")')
+        if not reason.strip():
+            raise ValueError('torchguard: allow() needs a reason that is not empty, for example allow("restored before backward")')
+        self.reason = reason
+
+    def _fresh(self) -> allow:
+        return self
+
+    def __enter__(self) -> allow:
+        _policy.state.reasons.append(self.reason)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        reasons = _policy.state.reasons
+        for i in range(len(reasons) - 1, -1, -1):
+            if reasons[i] is self.reason:
+                del reasons[i]
+                break
