@@ -1,9 +1,10 @@
 """Which handles on watched memory have a version counter of their own, and has one of these moved unseen?
 
-Note [Watching a counter without its memory]. ``counter = alias.detach(); counter.data = torch.empty(0)`` shares the
-alias's version counter and none of its storage, and outlives the alias. It is made only when a save could need it: at once
-where a live save lies in the alias's storage, otherwise when such a save is made and the alias still lives. The
-``p.data.add_(...)`` of an optimiser's step, a temporary over memory that nothing has saved, never has one.
+Note [Watching a counter without its memory]. ``counter = alias.detach(); counter.data = torch.empty(0)``
+shares the alias's version counter and none of its storage, and outlives the alias. It is made only when a
+save could need it: at once where a live save lies in the alias's storage, otherwise when such a save is made
+and the alias still lives. The ``p.data.add_(...)`` of an optimiser's step, a temporary over memory that
+nothing has saved, never has one.
 
 A write that the guard saw and judged moves the expectation, so that only unseen writes stand out.
 """
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from torchguard._saves import Save
 
 _SLACK = 1024
-#: Dead aliases of one storage whose counter is still watched: a ``detach()`` of a dead alias could still write.
+#: Dead aliases of one storage whose counter is still watched: a ``detach()`` of a dead alias could still
+#: write.
 _DEAD_KEPT = 64
-#: Saves up to this many bytes are copied when an alias could write to them unseen, so that the bytes decide at the read.
-#: Copying 16 KiB takes about 2 microseconds; a greater save would cost the program time it can feel.
+#: Saves up to this many bytes are copied when an alias could write to them unseen, so that the bytes decide
+#: at the read. Copying 16 KiB takes about 2 microseconds; a greater save would cost the program time it can
+#: feel.
 PROOF_BYTES = 16384
 
 #: The setter of ``Tensor.data``, taken before anything is patched.
@@ -92,7 +95,9 @@ class Aliases:
         self.by_storage: dict[int, list[AliasRecord]] = {}
         self._sweep_at = _SLACK
 
-    def enter(self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0) -> AliasRecord:
+    def enter(
+        self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0
+    ) -> AliasRecord:
         """Take down an alias that has just been made."""
         record = AliasRecord(alias, instruction, version)
         records = self.by_storage.get(storage)
@@ -113,7 +118,9 @@ class Aliases:
     def _thin(self, storage: int) -> None:
         records = self.by_storage.get(storage, [])
         dead = [record for record in records if record() is None and record.counter is not None][-_DEAD_KEPT:]
-        kept = [record for record in records if record() is not None or any(record is other for other in dead)]
+        kept = [
+            record for record in records if record() is not None or any(record is other for other in dead)
+        ]
         if kept:
             self.by_storage[storage] = kept
         else:
@@ -140,7 +147,9 @@ class Aliases:
                 self.by_storage.pop(storage, None)
 
     def arm(self, storage: int) -> bool:
-        """A save is being made in this storage: watch the counters of the aliases that live. False if none does."""
+        """A save is being made in this storage: watch the counters of the aliases that live. False if none
+        does.
+        """
         alive = False
         for record in self.by_storage.get(storage, ()):
             alias = record()

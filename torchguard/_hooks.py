@@ -1,7 +1,7 @@
 """How do the save hooks get onto, and off, a thread's stack?
 
-Hooks are thread-local and only the innermost pair runs. Each guard pushes a pair of its own, so that one that leaves out of
-order (a closed generator) removes its own and nobody else's.
+Hooks are thread-local and only the innermost pair runs. Each guard pushes a pair of its own, so that one that
+leaves out of order (a closed generator) removes its own and nobody else's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def remove(pair: Hooks) -> None:
     _ours.discard(id(pair[0]))
 
 
-# ---- torch.func ---------------------------------------------------------------------------------------------------
+# ---- torch.func --------------------------------------------------------------------------------------------
 
 _TORCH_FUNC = "tensors saved inside torch.func transforms, which refuse save hooks"
 
@@ -84,13 +84,15 @@ def switch_on(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return result
 
 
-# ---- ctx.saved_tensors --------------------------------------------------------------------------------------------
+# ---- ctx.saved_tensors -------------------------------------------------------------------------------------
 
 _original_saved_tensors: Any = torch.autograd.function.BackwardCFunction.saved_tensors
 
 
 def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
-    """``ctx.saved_tensors``: under save hooks PyTorch makes new tensors; hand back the inputs that were saved."""
+    """``ctx.saved_tensors``: under save hooks PyTorch makes new tensors; hand back the inputs that were
+    saved.
+    """
     outer = collector.saves
     collector.saves = []
     try:
@@ -108,10 +110,12 @@ def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
     return tuple(result)
 
 
-# ---- threads ------------------------------------------------------------------------------------------------------
+# ---- threads -----------------------------------------------------------------------------------------------
 
 
-def start_thread(original: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def start_thread(
+    original: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """``Thread.start``: a thread started inside a guard runs under it."""
     guards = _policy.inherited()
     if not guards:

@@ -1,8 +1,8 @@
 """Which calls does the guard see, and how do they reach its judgement?
 
-One ``__torch_function__`` override judges. ``wrapt`` routes into it just the calls that can write, so ordinary calls pay
-nothing; ``every_call=True`` also pushes it onto PyTorch's mode stack, where it sees what no patch can (``out=``,
-``torch.ops``, functions bound before the guard came).
+One ``__torch_function__`` override judges. ``wrapt`` routes into it just the calls that can write, so
+ordinary calls pay nothing; ``every_call=True`` also pushes it onto PyTorch's mode stack, where it sees what
+no patch can (``out=``, ``torch.ops``, functions bound before the guard came).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import wrapt
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _hooks, _memory, _policy, _torch, _writers, _writes
+from torchguard import _hooks, _policy, _torch, _writers, _writes
 from torchguard._aliases import ALIASES
 from torchguard._reads import DETACHED
 from torchguard._saves import LEDGER
@@ -40,7 +40,6 @@ class Override(TorchFunctionMode):
 
 
 _operators: dict[Any, Writer | None] = {}
-_OPERATOR_TYPES: tuple[type, ...] = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def _writer_of(func: Any, kwargs: Mapping[str, Any]) -> Writer | None:
@@ -50,7 +49,7 @@ def _writer_of(func: Any, kwargs: Mapping[str, Any]) -> Writer | None:
         return None
     if writer is None and kwargs.get("out") is not None:
         return _writers.OUT
-    if writer is None and isinstance(func, _OPERATOR_TYPES):
+    if writer is None and isinstance(func, _torch.OPERATOR_TYPES):
         if func not in _operators:
             _operators[func] = _writers.writer_of_operator(func)
         writer = _operators[func]
@@ -60,13 +59,14 @@ def _writer_of(func: Any, kwargs: Mapping[str, Any]) -> Writer | None:
 _override = Override()
 
 
-# ---- the patches --------------------------------------------------------------------------------------------------
+# ---- the patches -------------------------------------------------------------------------------------------
 
 
-class _Routed(wrapt.FunctionWrapper):  # type: ignore[misc]
+class _Routed(wrapt.FunctionWrapper[Any, Any]):
     """A wrapper that copies, deep-copies and pickles as the function it wraps.
 
-    A module that holds ``torch.relu_`` as an attribute is copied and saved as ever, during the guard and after.
+    A module that holds ``torch.relu_`` as an attribute is copied and saved as ever, during the guard and
+    after.
     """
 
     def __copy__(self) -> Any:
@@ -199,11 +199,14 @@ def _prepare() -> list[_Patch]:
                 wrapper = _Routed(function, _route(function, namespace is torch.Tensor))
                 wrappers[id(function)] = wrapper
             patches.append(_Patch(owner, name, wrapper))
-    for owner in (torch.Tensor, torch):
-        patches.append(_Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)))
+    patches += [
+        _Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)
+    ]
     patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _get_data, _set_data)))
-    for name in ("real", "imag"):
-        patches.append(_Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name))))
+    patches += [
+        _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
+        for name in ("real", "imag")
+    ]
     module, off, on = _torch.HOOK_SWITCHES
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):
@@ -267,7 +270,7 @@ def _enter_script_names() -> None:
 def push_mode() -> Override:
     """See every call of this thread (``every_call=True``)."""
     mode = Override()
-    mode.__enter__()
+    _torch.push_function_mode(mode)
     _policy.state.every_call += 1
     return mode
 

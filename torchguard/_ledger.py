@@ -1,9 +1,10 @@
 """Which saves are alive, and which of them lie in a given storage or stretch of memory?
 
-Knows plain integers and weak references only. Note [Lazy index]: a save costs one append to ``pending``; it is filed
-under its storage when the first question is asked after it was made, so saves that come and go between two writes (all of
-them, in a training loop that writes after backward) are never filed at all. Dead entries are dropped when they are met,
-and by a sweep whenever their number may have doubled, so every operation is flat in the number of live saves.
+Knows plain integers and weak references only. Note [Lazy index]: a save costs one append to ``pending``; it
+is filed under its storage when the first question is asked after it was made, so saves that come and go
+between two writes (all of them, in a training loop that writes after backward) are never filed at all. Dead
+entries are dropped when they are met, and by a sweep whenever their number may have doubled, so every
+operation is flat in the number of live saves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Entry(Protocol):
 
 E = TypeVar("E", bound=Entry)
 
-#: First and one past the last byte of an entry's storage, and whether other storages may lie over the same memory.
+#: First and one past the last byte of an entry's storage, and whether other storages may lie over the same
+#: memory.
 Extent = tuple[int, int, bool]
 
 _SLACK = 1024
@@ -36,8 +38,9 @@ class Ledger(Generic[E]):
     """Live entries by storage, held weakly.
 
     Args:
-        extent_of: tells where an entry's storage lies, or None where it has no memory. A storage is *foreign* when torch's
-            own allocator did not make it (``from_numpy``, DLPack, a file): only those can overlap another storage.
+        extent_of: tells where an entry's storage lies, or None where it has no memory. A storage is *foreign*
+            when torch's own allocator did not make it (``from_numpy``, DLPack, a file): only those can
+            overlap another storage.
     """
 
     def __init__(self, extent_of: Callable[[E], Extent | None]) -> None:
@@ -45,7 +48,9 @@ class Ledger(Generic[E]):
         self.pending: deque[ref[E]] = deque()
         self._groups: dict[int, list[ref[E]]] = {}
         self._foreign: dict[int, Extent] = {}
-        self._unmapped: list[int] | None = None  # groups not yet in _map; None until the map is first asked for
+        self._unmapped: list[int] | None = (
+            None  # groups not yet in _map; None until the map is first asked for
+        )
         self._map = _AddressMap()
         self._sweep_at = _SLACK
         self._lock = threading.RLock()
@@ -146,13 +151,18 @@ class Ledger(Generic[E]):
                 self._draw_map()
                 near: Iterator[int] = iter(self._map.find(low, high))
             else:
-                near = (key for key, (start, end, _) in list(self._foreign.items()) if start < high and low < end)
+                near = (
+                    key for key, (start, end, _) in list(self._foreign.items()) if start < high and low < end
+                )
             return [entry for key in near if key != storage for entry in self.in_storage(key)]
 
     def _draw_map(self) -> None:
         waiting = self._groups if self._unmapped is None else self._unmapped
         for storage in list(waiting):
-            entry = next((entry for entry in (item() for item in self._groups.get(storage, ())) if entry is not None), None)
+            entry = next(
+                (entry for entry in (item() for item in self._groups.get(storage, ())) if entry is not None),
+                None,
+            )
             extent = None if entry is None else self._extent_of(entry)
             if extent is not None:
                 self._map.add(storage, extent[0], extent[1])
@@ -162,8 +172,9 @@ class Ledger(Generic[E]):
 class _AddressMap:
     """Keys by the stretch of addresses they occupy.
 
-    A stretch of at most 2**k bytes is entered in the one or two buckets of that size which it touches; a question looks at
-    the buckets of each size in use, so it costs the logarithm of the largest stretch, not the number of keys.
+    A stretch of at most 2**k bytes is entered in the one or two buckets of that size which it touches; a
+    question looks at the buckets of each size in use, so it costs the logarithm of the largest stretch, not
+    the number of keys.
     """
 
     _SMALLEST = 9
@@ -210,5 +221,7 @@ class _AddressMap:
             else:
                 sets = [keys for bucket, keys in rows.items() if first <= bucket <= last]
             for keys in sets:
-                found.update(key for key in keys if self._stretches[key][0] < high and low < self._stretches[key][1])
+                found.update(
+                    key for key in keys if self._stretches[key][0] < high and low < self._stretches[key][1]
+                )
         return found

@@ -12,7 +12,8 @@ from torchguard._model import Span
 #: Types whose attributes can be read without calling user code.
 PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
-#: Reading a tensor that has no memory of its own (sparse, fake, a functorch wrapper, ...) raises one of these.
+#: Reading a tensor that has no memory of its own (sparse, fake, a functorch wrapper, ...) raises one of
+#: these.
 NO_MEMORY = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 
 
@@ -25,7 +26,9 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 def span_of(tensor: torch.Tensor) -> Span | None:
-    """The memory of a strided tensor; None where it has none that can be written to (meta, fake, sparse, ...)."""
+    """The memory of a strided tensor; None where it has none that can be written to (meta, fake, sparse,
+    ...).
+    """
     try:
         with _torch.no_torch_function():
             base = _torch.storage_address(tensor)
@@ -34,7 +37,7 @@ def span_of(tensor: torch.Tensor) -> Span | None:
             itemsize = tensor.element_size()
             return Span(
                 str(tensor.device),
-                base + tensor.storage_offset() * itemsize,
+                base + int(tensor.storage_offset()) * itemsize,
                 itemsize,
                 tuple(tensor.shape),
                 tuple(stride * itemsize for stride in tensor.stride()),
@@ -55,7 +58,8 @@ def version_of(tensor: torch.Tensor) -> int:
 def shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a tracked write to ``a`` would move the version of ``b``.
 
-    Proven without touching anything where that is possible; otherwise the counter of ``a`` is bumped and put back.
+    Proven without touching anything where that is possible; otherwise the counter of ``a`` is bumped and put
+    back.
     """
     if a is b:
         return True
@@ -101,7 +105,9 @@ def changed_bytes(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
 
 
 def touched_elements(mask: torch.Tensor, address: int, span: Span) -> int:
-    """How many elements of ``span`` have a byte that is set in ``mask``, whose first byte lies at ``address``."""
+    """How many elements of ``span`` have a byte that is set in ``mask``, whose first byte lies at
+    ``address``.
+    """
     low, high = span.bounds
     start, end = max(low, address), min(high, address + mask.numel())
     if start >= end:
@@ -130,7 +136,9 @@ def describe(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def reach(tensor: torch.Tensor) -> torch.Tensor:
-    """A mask over the tensor's memory, from its first to its last byte, of the bytes that belong to its elements."""
+    """A mask over the tensor's memory, from its first to its last byte, of the bytes that belong to its
+    elements.
+    """
     elements = torch.zeros(_extent(tensor), dtype=torch.bool, device=tensor.device)
     elements.as_strided(tensor.shape, tensor.stride(), 0).fill_(True)
     return elements.repeat_interleave(tensor.element_size())

@@ -1,4 +1,4 @@
-"""What are the things torchguard talks about, as plain values: a place in the user's code, a span of memory?"""
+"""What does torchguard talk about, as plain values: a place in the user's code, a span of memory?"""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@ Two spans overlap when there are indices ``i`` and ``j`` and bytes ``p`` and ``q
 
     a.address + sum(i_k * a.stride_k) + p  ==  b.address + sum(j_k * b.stride_k) + q
 
-a linear Diophantine equation in bounded unknowns, the problem that ``numpy.shares_memory`` solves. Deciding it is
-NP-hard in general, but the strides of tensors nest (each is a multiple of the next, or nearly), and then a depth-first
-search that prunes by range and by greatest common divisor ends at once. The search is bounded all the same: past
-the bound the answer is "maybe", and the caller has to look at the memory itself.
+a linear Diophantine equation in bounded unknowns, the problem that ``numpy.shares_memory`` solves. Deciding
+it is NP-hard in general, but the strides of tensors nest (each is a multiple of the next, or nearly), and
+then a depth-first search that prunes by range and by greatest common divisor ends at once. The search is
+bounded all the same: past the bound the answer is "maybe", and the caller has to look at the memory itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def overlaps(a: Span, b: Span, work: int = _WORK) -> bool | None:
 def _terms(span: Span) -> list[tuple[int, int]]:
     """(step, limit) for every dimension that moves, and for the bytes within an element."""
     terms = [
-        (abs(stride), size - 1) for size, stride in zip(span.sizes, span.strides, strict=True) if size > 1 and stride != 0
+        (abs(stride), size - 1)
+        for size, stride in zip(span.sizes, span.strides, strict=True)
+        if size > 1 and stride != 0
     ]
     if span.itemsize > 1:
         terms.append((1, span.itemsize - 1))

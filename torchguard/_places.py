@@ -1,7 +1,7 @@
 """Where in the user's code did something happen?
 
-A stack is walked on every save, so the walk keeps only what identifies an instruction (a code object and an offset
-into it); line, source and expression are looked up when somebody reads a report.
+A stack is walked on every save, so the walk keeps only what identifies an instruction (a code object and an
+offset into it); line, source and expression are looked up when somebody reads a report.
 """
 
 from __future__ import annotations
@@ -34,12 +34,7 @@ _is_ours: dict[str, bool] = {}
 
 
 def _library(filename: str) -> bool:
-    answer = (
-        filename.startswith((_TORCH, _OURS))
-        or filename in _PLUMBING
-        or filename.startswith("<frozen ")
-        or filename.startswith("<__array_function__")
-    )
+    answer = filename.startswith((_TORCH, _OURS, "<frozen ")) or filename in _PLUMBING
     _is_ours[filename] = answer
     return answer
 
@@ -79,7 +74,7 @@ def place_of(instruction: Instruction) -> Place | None:
 
 
 def _short(filename: str) -> str:
-    """The path relative to the working directory where the file is below it, as Python's own tools print it."""
+    """The path relative to the working directory where the file is below it, else as it is."""
     if filename.startswith("<"):
         return filename
     try:
@@ -97,16 +92,17 @@ def _line(code: CodeType, offset: int) -> int:
 
 
 def expression_of(instruction: Instruction) -> str:
-    """Source text of the expression that the instruction evaluates; ``""`` where Python or the source is too old."""
+    """Source text of the expression that the instruction evaluates; ``""`` where Python or the source is too
+    old.
+    """
     if instruction is None or not hasattr(CodeType, "co_positions"):
         return ""
     code, offset = instruction
     position = next(islice(code.co_positions(), offset // 2, None), None)
-    if position is None or None in position:
+    if position is None:
         return ""
     first, last, start, end = position
-    assert first is not None and last is not None and start is not None and end is not None
-    if first != last:
+    if first is None or first != last:
         return ""
     # Columns are byte offsets into the line's UTF-8.
     return linecache.getline(code.co_filename, first).encode()[start:end].decode(errors="replace")
@@ -126,7 +122,9 @@ _OPERATORS: dict[type[ast.AST], str] = {
 
 
 def operation_of(instruction: Instruction) -> str:
-    """Name of the operation that the instruction calls, read from its source; ``""`` where that does not tell."""
+    """Name of the operation that the instruction calls, read from its source; ``""`` where that does not
+    tell.
+    """
     text = expression_of(instruction)
     try:
         node = ast.parse(text, mode="eval").body
@@ -143,4 +141,13 @@ def operation_of(instruction: Instruction) -> str:
     return ""
 
 
-_OPERATORS_BY_SIGN = {"+": "add", "-": "sub", "*": "mul", "/": "div", "**": "pow", "@": "matmul", "%": "remainder", "//": "floor_divide"}
+_OPERATORS_BY_SIGN = {
+    "+": "add",
+    "-": "sub",
+    "*": "mul",
+    "/": "div",
+    "**": "pow",
+    "@": "matmul",
+    "%": "remainder",
+    "//": "floor_divide",
+}

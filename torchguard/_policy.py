@@ -38,8 +38,8 @@ entered: list[Respondent] = []
 def innermost() -> Respondent | None:
     """The guard that answers for this thread: its own innermost one, else the one entered last anywhere.
 
-    A thread without a guard of its own (autograd's device threads, a pool that was there before) still writes to, and
-    reads, memory that the process's guards watch.
+    A thread without a guard of its own (autograd's device threads, a pool that was there before) still writes
+    to, and reads, memory that the process's guards watch.
     """
     for guard in reversed(state.guards):
         if guard in entered:

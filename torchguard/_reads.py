@@ -1,7 +1,8 @@
 """Backward unpacks a save: is it still what was saved?
 
-Asked at every read, so double backward, ``retain_graph`` and an access to ``ctx.saved_tensors`` are all covered. In this
-order: PyTorch's own check (which save hooks switch off), the saved tensor pointing elsewhere, a write nobody saw.
+Asked at every read, so double backward, ``retain_graph`` and an access to ``ctx.saved_tensors`` are all
+covered. In this order: PyTorch's own check (which save hooks switch off), the saved tensor pointing
+elsewhere, a write nobody saw.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How does PyTorch itself word its refusal of a save whose version moved?
 
-Save hooks switch PyTorch's check off, so the guard makes it; and the message must be PyTorch's own, whichever version of
-torch it is. So PyTorch is made to produce it: the tensor is saved once more, natively, with its counter set to the version
-at which it was saved first, and then unpacked.
+Save hooks switch PyTorch's check off, so the guard makes it; and the message must be PyTorch's own, whichever
+version of torch it is. So PyTorch is made to produce it: the tensor is saved once more, natively, with its
+counter set to the version at which it was saved first, and then unpacked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def refusal(tensor: torch.Tensor, expected: int, node: str | None, output: int) 
     """
     message = _native_message(tensor, expected)
     if node is not None:
-        message = message.replace(" is at version ", f", which is output {output} of {_as_torch_names(node)}, is at version ", 1)
+        message = message.replace(
+            " is at version ", f", which is output {output} of {_as_torch_names(node)}, is at version ", 1
+        )
     return RuntimeError(message)
 
 
@@ -49,7 +51,7 @@ def _native_message(tensor: torch.Tensor, expected: int) -> str:
         one = torch.ones((), requires_grad=True)
         _torch.set_version(tensor, expected)
         try:
-            node: Any = _Saver.apply(one, tensor).grad_fn
+            node: Any = _Saver.apply(one, tensor).grad_fn  # type: ignore[no-untyped-call]
         finally:
             _torch.set_version(tensor, now)
         return _unpacking(lambda: node.saved_tensors)

@@ -1,11 +1,12 @@
 """What is known of a tensor that autograd has saved, and how is it recorded when it is saved?
 
-Note [What a save holds]. PyTorch keeps the very tensor where an op saves an *input* (or a leaf), and a detached alias where it
-saves its own *output*, because output -> node -> save -> output would be a cycle that no garbage collector sees. A save does
-the same: what it keeps alive, and what ``x.data = y`` does to it, is what it would be without the guard.
+Note [What a save holds]. PyTorch keeps the very tensor where an op saves an *input* (or a leaf), and a
+detached alias where it saves its own *output*, because output -> node -> save -> output would be a cycle that
+no garbage collector sees. A save does the same: what it keeps alive, and what ``x.data = y`` does to it, is
+what it would be without the guard.
 
-An output is told from an input by the sequence number of the node that made it: the node that is saving right now is
-the one created last in this thread.
+An output is told from an input by the sequence number of the node that made it: the node that is saving right
+now is the one created last in this thread.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES, AliasRecord
 from torchguard._ledger import Extent, Ledger
 
-#: A node that is a custom Function may have made other nodes in its forward, which upsets the sequence numbers.
+#: A node that is a custom Function may have made other nodes in its forward, which upsets the sequence
+#: numbers.
 _APPLY_CODE = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 _FILE_AT = 4096
@@ -210,9 +212,10 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             save = record(tensor, storage)
         save.remark()  # a save with remarks is read with user code kept out
         if _memory.span_of(tensor) is None and tensor.device.type != "meta":
+            layout = str(tensor.layout).removeprefix("torch.")
             _policy.note_unwatched(
-                f"{type(tensor).__name__} of layout {str(tensor.layout).removeprefix('torch.')}: no memory to compare writes "
-                "with; PyTorch's own version check still applies"
+                f"{type(tensor).__name__} of layout {layout}: no memory to compare writes with; "
+                "PyTorch's own version check still applies"
             )
         return save
 
@@ -233,9 +236,10 @@ def _is_output(tensor: torch.Tensor, grad_fn: Any, frame: Any, next_number: int)
         return True  # this torch does not tell: never risk a cycle
     if grad_fn._sequence_nr() == next_number - 1:
         return True
-    # A custom Function whose forward recorded a graph of its own: what carries this very Function's node may be its output.
+    # A custom Function whose forward recorded a graph of its own: what carries this very Function's node may
+    # be its output.
     return (
         frame is not None
         and frame.f_code is _APPLY_CODE
-        and type(grad_fn) is getattr(frame.f_locals.get("cls"), "_backward_cls", None)
+        and type(grad_fn) is _torch.node_class_of(frame.f_locals.get("cls"))
     )

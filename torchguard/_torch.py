@@ -1,8 +1,8 @@
 """Which private names of torch does torchguard use, and what happens where one is missing?
 
-The only module that touches names with a leading underscore inside torch. Each has a reason why no public name will
-do, and each either falls back on something slower or is listed by :func:`missing`, so that the guard can say what it
-does not watch instead of crashing.
+The only module that touches names with a leading underscore inside torch. Each has a reason why no public
+name will do, and each either falls back on something slower or is listed by :func:`missing`, so that the
+guard can say what it does not watch instead of crashing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _autograd: Any = torch._C._autograd
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
-# ``Tensor.data_ptr()`` materialises a copy-on-write tensor and ``untyped_storage()`` makes a Python object: the two
-# private look-ups do neither.
+# ---- memory ------------------------------------------------------------------------------------------------
+# ``Tensor.data_ptr()`` materialises a copy-on-write tensor and ``untyped_storage()`` makes a Python object:
+# the two private look-ups do neither.
 
 if hasattr(_C, "_storage_id"):
     storage_id: Callable[[torch.Tensor], int] = _C._storage_id
@@ -41,7 +41,7 @@ else:
         return tensor.untyped_storage().data_ptr()
 
 
-# ---- version counters ---------------------------------------------------------------------------------------------
+# ---- version counters --------------------------------------------------------------------------------------
 # There is no public way to put a counter back, which the probe for shared counters needs.
 
 _set_counter = getattr(_autograd, "_unsafe_set_version_counter", None)
@@ -57,21 +57,30 @@ def set_version(tensor: torch.Tensor, version: int) -> None:
         _set_counter(tensor, version)
 
 
-# ---- modes and subclasses -----------------------------------------------------------------------------------------
+# ---- modes and subclasses ----------------------------------------------------------------------------------
 # Reading ``tensor._version`` calls a user's ``__torch_function__``; the guard must not be seen by it.
 
 function_mode_active: Callable[[], bool] = getattr(_C, "_is_torch_function_mode_enabled", lambda: True)
 dispatch_mode_depth: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", lambda: 0)
-no_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(_C, "DisableTorchFunction", nullcontext)
-no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableTorchDispatch", nullcontext)
+no_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(
+    _C, "DisableTorchFunction", nullcontext
+)
+no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(
+    _C, "_DisableTorchDispatch", nullcontext
+)
+
+
+def push_function_mode(mode: Any) -> None:
+    """Put a function mode onto this thread's stack."""
+    mode.__enter__()
 
 
 def remove_function_mode(mode: Any) -> None:
     """Take a function mode off this thread's stack, wherever it lies on it."""
-    from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode  # type: ignore[attr-defined]
+    from torch.overrides import _pop_mode, _push_mode
 
     above = []
-    while _len_torch_function_stack():
+    while _C._len_torch_function_stack():
         top = _pop_mode()
         if top is mode:
             break
@@ -80,7 +89,7 @@ def remove_function_mode(mode: Any) -> None:
         _push_mode(other)
 
 
-# ---- autograd -----------------------------------------------------------------------------------------------------
+# ---- autograd ----------------------------------------------------------------------------------------------
 # The public saved_tensors_hooks pops by position; a guard that leaves out of order must find its own pair.
 
 next_sequence_number: Callable[[], int] = getattr(_autograd, "_get_sequence_nr", lambda: -1)
@@ -143,32 +152,36 @@ def without_hooks() -> Iterator[None]:
             _push(*pair)
 
 
-# ---- what else is patched -----------------------------------------------------------------------------------------
+# ---- what else is patched ----------------------------------------------------------------------------------
 # ``torch.jit.script`` finds an operator by the id of the Python function: a wrapper has to be entered there.
 
 
 def script_name(function: object) -> str | None:
     """The operator that TorchScript takes ``function`` for, or None."""
-    builtins: Any = torch.jit._builtins  # type: ignore[attr-defined]
+    builtins: Any = torch.jit._builtins
     name: str | None = builtins._find_builtin(function)
     return name
 
 
 def enter_script_name(wrapper: object, name: str) -> None:
     """Let TorchScript take ``wrapper`` for the operator ``name``."""
-    builtins: Any = torch.jit._builtins  # type: ignore[attr-defined]
+    builtins: Any = torch.jit._builtins
     builtins._register_builtin(wrapper, name)
 
 
 def remove_script_name(wrapper: object) -> None:
     """Take back :func:`enter_script_name`."""
-    builtins: Any = torch.jit._builtins  # type: ignore[attr-defined]
+    builtins: Any = torch.jit._builtins
     builtins._get_builtin_table().pop(id(wrapper), None)
 
 
-VF: Any = torch._VF  # type: ignore[attr-defined]
-NN: Any = torch._C._nn  # type: ignore[attr-defined]
+VF: Any = torch._VF
+NN: Any = torch._C._nn
 VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
+
+
+#: What ``torch.ops`` calls are made of.
+OPERATOR_TYPES: tuple[type, ...] = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def schemas_of(name: str) -> list[Any]:
@@ -177,13 +190,20 @@ def schemas_of(name: str) -> list[Any]:
     return list(find(f"aten::{name}")) if find is not None else []
 
 
+def node_class_of(function: Any) -> Any:
+    """The class of the nodes that a custom Function makes."""
+    return getattr(function, "_backward_cls", None)
+
+
 def missing() -> list[str]:
     """What this build of torch does not offer, as sentences about what therefore is not watched."""
     told = []
     if not CAN_PROBE_COUNTERS:
         told.append(
-            "torch has no _unsafe_set_version_counter: whether an alias shares its counter is told from versions only"
+            "torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions"
         )
     if _top is None:
-        told.append("torch has no _top_saved_tensors_default_hooks: guards must be left in the order they were entered")
+        told.append(
+            "torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering"
+        )
     return told

@@ -15,7 +15,8 @@ _COLOURS = {"headline": "\x1b[1;31m", "label": "\x1b[1m", "place": "\x1b[36m", "
 
 
 class SavedTensorCorruptionError(RuntimeError):
-    """Raised where a tensor that autograd saved for backward would be, or was, changed without autograd noticing.
+    """Raised where a tensor that autograd saved for backward would be, or was, changed without autograd
+    noticing.
 
     Attributes:
         violation: the :class:`Violation` that is being reported.
@@ -38,8 +39,8 @@ class Violation:
     """A silent write that overlaps a live save.
 
     Attributes:
-        kind: ``"write"`` (a call that the guard saw), ``"rebind"`` (``x.data = y`` on the tensor that was saved) or
-            ``"unseen"`` (a write that only the alias's version counter gave away).
+        kind: ``"write"`` (a call that the guard saw), ``"rebind"`` (``x.data = y`` on the tensor that was
+            saved) or ``"unseen"`` (a write that only the alias's version counter gave away).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -87,7 +88,7 @@ class Violation:
         return self.render()
 
     def render(self, color: bool = False) -> str:
-        """The report as text, one violation in about ten lines; ``color`` adds ANSI colours for a terminal."""
+        """The report as text, about ten lines; ``color`` adds ANSI colours for a terminal."""
 
         def paint(text: str, what: str) -> str:
             return f"{_COLOURS[what]}{text}{_RESET}" if color and text else text
@@ -135,15 +136,15 @@ class Violation:
     def _explanation(self) -> list[str]:
         if self.kind == "rebind":
             return [
-                "autograd cannot see this: the tensor that it saved now points to other memory, and its version",
-                "counter has not moved. If backward reads it, the gradient is wrong. Without torchguard,",
+                "autograd cannot see this: the tensor that it saved points to other memory from now on, and its",
+                "version counter does not move. If backward reads it, the gradient is wrong. Without torchguard,",
                 "backward() would finish with wrong gradients and no error.",
             ]
         if self.kind == "unseen":
             return [
-                "The alias's own version counter moved, the saved tensor's did not: autograd cannot see that its",
-                "memory was written to. Without torchguard, backward() would finish with wrong gradients and no",
-                "error. To stop at the line that writes, use torchguard.strict(every_call=True).",
+                "The alias's own version counter moved, the saved tensor's did not: autograd cannot see that",
+                "its memory was written to. Without torchguard, backward() would finish with wrong gradients",
+                "and no error. To stop at the line that writes, use torchguard.strict(every_call=True).",
             ]
         return [
             "autograd cannot see this write: it does not move the version counter of the saved tensor.",
@@ -160,7 +161,10 @@ class Violation:
                 f"do it after backward(), or on {name}.data.clone(); to have autograd check it, use "
                 f"{name}.detach() under torch.no_grad()"
             )
-        return [f"  {paint('fix:  ', 'fix')} {fix}", f"  {paint('allow:', 'fix')} with torchguard.allow(\"why\"): ..."]
+        return [
+            f"  {paint('fix:  ', 'fix')} {fix}",
+            f'  {paint("allow:", "fix")} with torchguard.allow("why"): ...',
+        ]
 
     def _aliased_name(self) -> str:
         expression = self.aliased.expression if self.aliased else ""

@@ -1,7 +1,8 @@
 """Which calls write to memory, to which of their arguments, and does PyTorch's version counter notice?
 
-The table is derived from torch itself: names that end in an underscore, in-place operators, and the operators' schemas,
-which say what each of them mutates. What a schema does not say is measured by ``tests/test_writers.py``.
+The table is derived from torch itself: names that end in an underscore, in-place operators, and the
+operators' schemas, which say what each of them mutates. What a schema does not say is measured by
+``tests/test_writers.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 
 from torchguard import _torch
 
-#: These write through a raw pointer and leave the version counter where it was (measured; a test measures again).
+#: These write through a raw pointer and leave the version counter where it was (measured; a test measures
+#: again).
 _MOVE_NO_COUNTER = frozenset(
     {
         "apply_",
@@ -30,7 +32,8 @@ _MOVE_NO_COUNTER = frozenset(
     }
 )
 
-#: These change what a tensor is, not what is in its memory (most such operators carry the tag ``inplace_view``).
+#: These change what a tensor is, not what is in its memory (most such operators carry the tag
+#: ``inplace_view``).
 _METADATA_ONLY = frozenset(
     {
         "requires_grad_",
@@ -65,8 +68,23 @@ _NOT_REPEATABLE = frozenset(
 )
 
 _IN_PLACE_OPERATORS = frozenset(
-    "__iadd__ __isub__ __imul__ __imatmul__ __idiv__ __itruediv__ __ifloordiv__ __imod__ __ipow__ "
-    "__iand__ __ior__ __ixor__ __ilshift__ __irshift__ __setitem__".split()
+    [
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__imatmul__",
+        "__idiv__",
+        "__itruediv__",
+        "__ifloordiv__",
+        "__imod__",
+        "__ipow__",
+        "__iand__",
+        "__ior__",
+        "__ixor__",
+        "__ilshift__",
+        "__irshift__",
+        "__setitem__",
+    ]
 )
 
 
@@ -166,7 +184,9 @@ def writer_of(name: str) -> Writer | None:
         if torch.Tag.inplace_view in tags:
             return None
         repeatable = repeatable and torch.Tag.nondeterministic_seeded not in tags
-    return Writer(name, tuple(sorted(written.items())) or ((0, "self"),), name not in _MOVE_NO_COUNTER, repeatable)
+    return Writer(
+        name, tuple(sorted(written.items())) or ((0, "self"),), name not in _MOVE_NO_COUNTER, repeatable
+    )
 
 
 def _tags(name: str, overload: str) -> Sequence[Any]:
@@ -178,7 +198,8 @@ def _tags(name: str, overload: str) -> Sequence[Any]:
 def writers_in(namespace: Any, names: Iterable[str]) -> dict[str, tuple[Callable[..., Any], Writer]]:
     """The callables of a namespace that write, with what they write to.
 
-    Functions written in Python are left out (those of ``torch.Tensor`` excepted): they call the ones that are here.
+    Functions written in Python are left out (those of ``torch.Tensor`` excepted): they call the ones that are
+    here.
     """
     found = {}
     for name in names:
@@ -194,7 +215,9 @@ def writers_in(namespace: Any, names: Iterable[str]) -> dict[str, tuple[Callable
 
 
 def writer_of_operator(operator: Any) -> Writer | None:
-    """What a ``torch.ops`` operator writes to, by its schema; None where it writes to nothing or does not say."""
+    """What a ``torch.ops`` operator writes to, by its schema; None where it writes to nothing or does not
+    say.
+    """
     schema = getattr(operator, "_schema", None)
     if schema is None:
         default = getattr(operator, "default", None)  # a packet: its overloads mutate the same arguments
@@ -213,7 +236,10 @@ def writer_of_operator(operator: Any) -> Writer | None:
     if torch.Tag.inplace_view in tags:
         return None
     return Writer(
-        name, written, name not in _MOVE_NO_COUNTER, name not in _NOT_REPEATABLE and torch.Tag.nondeterministic_seeded not in tags
+        name,
+        written,
+        name not in _MOVE_NO_COUNTER,
+        name not in _NOT_REPEATABLE and torch.Tag.nondeterministic_seeded not in tags,
     )
 
 

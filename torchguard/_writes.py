@@ -1,9 +1,9 @@
 """A call is about to write: would it change, unseen by autograd, memory that a live save needs?
 
-Note [Rehearsal]. Where a silent write to a live save is about to happen, the call is first made on a copy of the memory
-that it writes to. That shows which bytes it changes, whatever picks them (a slice, a mask, an index tensor, a scatter, values
-that happen to be there already), so the verdict is about bytes and not about what a call might do. It is paid for only by a
-call that would otherwise be reported.
+Note [Rehearsal]. Where a silent write to a live save is about to happen, the call is first made on a copy of
+the memory that it writes to. That shows which bytes it changes, whatever picks them (a slice, a mask, an
+index tensor, a scatter, values that happen to be there already), so the verdict is about bytes and not about
+what a call might do. It is paid for only by a call that would otherwise be reported.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
     return saves
 
 
-def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def carry_out(
+    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
     """Judge a call that writes, and make it.
 
     Raises:
@@ -102,7 +104,8 @@ def _answer(
     try:
         changes = _rehearse(writer, call, args, kwargs)
     except Exception:
-        # PyTorch refuses the call, and says so itself when it is made in a moment. Should it not, the bytes decide.
+        # PyTorch refuses the call, and says so itself when it is made in a moment. Should it not, the bytes
+        # decide.
         _let_bytes_decide([hit.save for hit in hits])
         return
     here = _places.user_instruction(frame)
@@ -121,7 +124,12 @@ def _answer(
 
 
 def report(
-    save: Save, kind: Kind, operation: str, here: _places.Instruction, elements: int, target: torch.Tensor | None
+    save: Save,
+    kind: Kind,
+    operation: str,
+    here: _places.Instruction,
+    elements: int,
+    target: torch.Tensor | None,
 ) -> None:
     """Have a violation at the write answered: raises under ``strict()``."""
     alias = None if target is None else ALIASES.taken_at(target, _memory.storage_of(target))
@@ -154,8 +162,12 @@ def _let_bytes_decide(saves: Sequence[Save]) -> None:
 _Changes = Mapping[int, tuple[torch.Tensor, int]]
 
 
-def _rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Changes:
-    """Which bytes the call changes: for each written tensor (by id) a mask and the address of the mask's first byte."""
+def _rehearse(
+    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> _Changes:
+    """Which bytes the call changes: for each written tensor (by id) a mask and the address of the mask's
+    first byte.
+    """
     targets = writer.targets(args, kwargs)
     with torch.no_grad(), _torch.no_torch_function():
         if not writer.repeatable or any(not _can_rehearse(target) for target in targets):
@@ -166,7 +178,8 @@ def _rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
         new_args, new_kwargs = writer.substituted(args, kwargs, copies)
         call(*new_args, **new_kwargs)
         return {
-            id(target): (_memory.changed_bytes(target, memories[id(target)]), _address(target)) for target in targets
+            id(target): (_memory.changed_bytes(target, memories[id(target)]), _address(target))
+            for target in targets
         }
 
 
@@ -190,14 +203,14 @@ def _everything(target: torch.Tensor) -> tuple[torch.Tensor, int]:
     return _memory.reach(target), _address(target)
 
 
-# ---- x.data = y ---------------------------------------------------------------------------------------------------
+# ---- x.data = y --------------------------------------------------------------------------------------------
 
 
 def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: Any) -> None:
     """Judge ``tensor.data = value``, and do it.
 
-    An input or leaf that was saved is the very object that backward will read: pointing it at other memory changes what
-    backward sees. An output's save has a handle of its own and stays what it was.
+    An input or leaf that was saved is the very object that backward will read: pointing it at other memory
+    changes what backward sees. An output's save has a handle of its own and stays what it was.
 
     Raises:
         SavedTensorCorruptionError: by the innermost guard, before anything has changed.
@@ -245,7 +258,7 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
         return _memory.same_bytes(tensor, value)
 
 
-# ---- aliases ------------------------------------------------------------------------------------------------------
+# ---- aliases -----------------------------------------------------------------------------------------------
 
 
 def enter_alias(alias: torch.Tensor, frame: Any, version: int = 0) -> None:
@@ -262,7 +275,7 @@ def enter_alias(alias: torch.Tensor, frame: Any, version: int = 0) -> None:
 
 
 def detached_in_place(tensor: torch.Tensor) -> list[Save]:
-    """The saves that hold ``tensor`` as a non-leaf input: PyTorch refuses them once it is detached in place."""
+    """The saves that hold ``tensor`` as a non-leaf input: detached in place, PyTorch refuses them."""
     storage = _memory.storage_of(tensor)
     if not storage or tensor.is_leaf:
         return []

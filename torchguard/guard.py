@@ -30,7 +30,9 @@ class _Block:
 
     def __call__(self, function: F) -> F:
         if not callable(function):
-            raise TypeError(f"torchguard: {type(self).__name__.lower()}() decorates functions, not {function!r}")
+            raise TypeError(
+                f"torchguard: {type(self).__name__.lower()}() decorates functions, not {function!r}"
+            )
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
@@ -57,23 +59,21 @@ class _Block:
 
 
 def _driven(generator: Generator[Any, Any, Any], fresh: Callable[[], Any]) -> Generator[Any, Any, Any]:
-    step: Callable[[], Any] = lambda: next(generator)  # noqa: E731
+    """Run a generator with a fresh block around each of its steps."""
+    resume, argument = generator.send, None
     try:
         while True:
             with fresh():
                 try:
-                    value = step()
+                    value = resume(argument)
                 except StopIteration as stop:
                     return stop.value
             try:
-                sent = yield value
+                resume, argument = generator.send, (yield value)
             except GeneratorExit:
                 raise
             except BaseException as error:
-                thrown = error
-                step = lambda thrown=thrown: generator.throw(thrown)  # noqa: E731
-            else:
-                step = lambda sent=sent: generator.send(sent)  # noqa: E731
+                resume, argument = generator.throw, error
     finally:
         with fresh():
             generator.close()
@@ -82,24 +82,29 @@ def _driven(generator: Generator[Any, Any, Any], fresh: Callable[[], Any]) -> Ge
 class Guard(_Block):
     """Watches every tensor that autograd saves and every write to its memory, from entering to leaving.
 
-    Use it as ``with Guard() as guard:`` or as a decorator. A guard is entered once; make a new one for the next block.
-    Guards nest: the innermost one of a thread answers. Threads that are started inside are under it too.
+    Use it as ``with Guard() as guard:`` or as a decorator. A guard is entered once; make a new one for the
+    next block. Guards nest: the innermost one of a thread answers. Threads that are started inside are under
+    it too.
 
     Args:
         action: what happens at a violation: ``"raise"`` a :class:`SavedTensorCorruptionError`, ``"warn"`` a
             :class:`SavedTensorCorruptionWarning` once a site, or just ``"record"`` it.
-        at: ``"write"``: judged when the write is about to happen, before memory changes. (What only the alias's version
-            counter gives away is judged when backward reads the save.)
+        at: ``"write"``: judged when the write is about to happen, before memory changes. (What only the
+            alias's version counter gives away is judged when backward reads the save.)
         depth: ``"saves"``: every tensor that autograd saves is known.
-        every_call: also see calls that no patch sees (``out=``, ``torch.ops``, functions bound before the guard), at the
-            cost of about a microsecond for every torch call.
+        every_call: also see calls that no patch sees (``out=``, ``torch.ops``, functions bound before the
+            guard), at the cost of about a microsecond for every torch call.
 
     Raises:
         ValueError: for an action, a moment or a depth that does not exist.
     """
 
     def __init__(
-        self, action: Action = "raise", at: Literal["write"] = "write", depth: Literal["saves"] = "saves", every_call: bool = False
+        self,
+        action: Action = "raise",
+        at: Literal["write"] = "write",
+        depth: Literal["saves"] = "saves",
+        every_call: bool = False,
     ) -> None:
         _check("action", action, _ACTIONS)
         _check("at", at, ("write",))
@@ -130,7 +135,9 @@ class Guard(_Block):
     def __enter__(self) -> Guard:
         if self._state != "new":
             what = "is entered already" if self._state == "entered" else "has been used"
-            raise RuntimeError(f"torchguard: this guard {what}; make a new one for each block, with torchguard.strict() say")
+            raise RuntimeError(
+                f"torchguard: this guard {what}; make a new one for each block, with torchguard.strict() say"
+            )
         _intercept.install()
         try:
             _policy.enter(self)
@@ -202,7 +209,7 @@ class Guard(_Block):
             place = violation.written
             warnings.warn_explicit(
                 SavedTensorCorruptionWarning(str(violation)),
-                category=None,  # type: ignore[arg-type]
+                category=SavedTensorCorruptionWarning,
                 filename=place.file if place else "<autograd>",
                 lineno=place.line if place else 0,
             )
@@ -233,7 +240,8 @@ def strict(*, at: Literal["write"] = "write", every_call: bool = False) -> Guard
 
 
 def warn(*, at: Literal["write"] = "write", every_call: bool = False) -> Guard:
-    """Warn with :class:`SavedTensorCorruptionWarning`, once a site; results are those of the unguarded program.
+    """Warn with :class:`SavedTensorCorruptionWarning`, once a site; results are those of the unguarded
+    program.
 
     Args:
         at: when to judge, see :class:`Guard`.
@@ -242,7 +250,12 @@ def warn(*, at: Literal["write"] = "write", every_call: bool = False) -> Guard:
     return Guard("warn", at, every_call=every_call)
 
 
-class allow(_Block):  # noqa: N801 - used like a function
+_NEEDS_REASON = (
+    'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
+)
+
+
+class allow(_Block):
     """A block, or a decorated function, whose writes are intended; nothing in it is a violation.
 
     Args:
@@ -252,11 +265,11 @@ class allow(_Block):  # noqa: N801 - used like a function
         TypeError, ValueError: without a reason.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str = "") -> None:
         if not isinstance(reason, str):
-            raise TypeError('torchguard: allow() needs a reason, for example allow("weights are restored before backward")')
+            raise TypeError(_NEEDS_REASON)
         if not reason.strip():
-            raise ValueError('torchguard: allow() needs a reason that is not empty, for example allow("restored before backward")')
+            raise ValueError(_NEEDS_REASON)
         self.reason = reason
 
     def _fresh(self) -> allow:
