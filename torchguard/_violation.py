@@ -136,9 +136,9 @@ class Violation:
     def _explanation(self) -> list[str]:
         if self.kind == "rebind":
             return [
-                "autograd cannot see this: the tensor that it saved points to other memory from now on, and its",
-                "version counter does not move. If backward reads it, the gradient is wrong. Without torchguard,",
-                "backward() would finish with wrong gradients and no error.",
+                "autograd cannot see this: the tensor that it saved points to other memory from now on, and",
+                "its version counter does not move. If backward reads it, the gradient is wrong. Without",
+                "torchguard, backward() would finish with wrong gradients and no error.",
             ]
         if self.kind == "unseen":
             return [
