@@ -12,6 +12,7 @@ A write that the guard saw and judged moves the expectation, so that only unseen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -93,12 +94,37 @@ class Aliases:
 
     def __init__(self) -> None:
         self.by_storage: dict[int, list[AliasRecord]] = {}
+        #: The latest alias of each storage, as long as nothing asks after it. Most are temporaries
+        #: (``p.data.add_(...)``) and are dead when the next one comes.
+        self.young: dict[int, tuple[ref[torch.Tensor], CodeType | None, int]] = {}
         self._sweep_at = _SLACK
+        self._sweep_young_at = _SLACK
+
+    def enter_young(self, alias: torch.Tensor, storage: int, code: CodeType | None, offset: int) -> None:
+        """Take down a fresh alias (at version 0) of a storage in which no live save lies."""
+        young = self.young
+        before = young.get(storage)
+        if before is not None and before[0]() is not None:
+            self._grow(storage)
+        young[storage] = (ref(alias), code, offset)
+        if len(young) > self._sweep_young_at:
+            for key in [key for key, entry in list(young.items()) if entry[0]() is None]:
+                young.pop(key, None)
+            self._sweep_young_at = 2 * len(young) + _SLACK
+
+    def _grow(self, storage: int) -> None:
+        entry = self.young.pop(storage, None)
+        if entry is not None:
+            alias = entry[0]()
+            if alias is not None:
+                self.enter(alias, storage, None if entry[1] is None else (entry[1], entry[2]), 0)
 
     def enter(
         self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0
     ) -> AliasRecord:
         """Take down an alias that has just been made."""
+        if storage in self.young:
+            self._grow(storage)
         record = AliasRecord(alias, instruction, version)
         records = self.by_storage.get(storage)
         if records is None:
@@ -161,6 +187,8 @@ class Aliases:
 
     def sync(self, storage: int, saves: Iterable[Save]) -> None:
         """Mark the saves that an unseen write may have touched, and expect from now on what is there now."""
+        if storage in self.young:
+            self._grow(storage)
         records = self.by_storage.get(storage)
         if records is None:
             return
@@ -194,6 +222,8 @@ class Aliases:
 
     def taken_at(self, tensor: torch.Tensor, storage: int) -> Instruction:
         """Where the alias that ``tensor`` is, or is a view of, was taken; None where nobody saw it."""
+        if storage in self.young:
+            self._grow(storage)
         records = self.by_storage.get(storage, [])
         base = tensor._base
         for record in reversed(records):

@@ -16,7 +16,7 @@ import torch
 import wrapt
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _hooks, _policy, _torch, _writers, _writes
+from torchguard import _hooks, _memory, _places, _policy, _torch, _writers, _writes
 from torchguard._aliases import ALIASES
 from torchguard._reads import DETACHED
 from torchguard._saves import LEDGER
@@ -82,20 +82,49 @@ class _Routed(wrapt.FunctionWrapper[Any, Any]):
         return self.__wrapped__.__reduce_ex__(protocol)
 
 
-def _route(function: Any, method: bool) -> Callable[..., Any]:
-    """The route from one patched callable (a method or a function) into the override."""
+def _route_method(function: Any) -> Callable[..., Any]:
+    """The route from a patched method of ``torch.Tensor`` into the override.
+
+    Nearly all writes are to memory that no live save has anything to do with; they are let through here.
+    """
     judge = _override.__torch_function__
-    aliases = ALIASES.by_storage
+    plain = _memory.PLAIN_TYPES
+    storage_id = _torch.storage_id
     state = _policy.state
     mode_active = _torch.function_mode_active
+    pending = LEDGER.pending
+    file = LEDGER.file
+    groups = LEDGER.groups
+    foreign = LEDGER.foreign
 
     def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not LEDGER and not aliases:
+        if pending:
+            file()
+        if not groups:
             return wrapped(*args, **kwargs)
+        if type(instance) in plain and not foreign:
+            try:
+                if storage_id(instance) not in groups and instance.untyped_storage().resizable():
+                    return wrapped(*args, **kwargs)
+            except _memory.NO_MEMORY:
+                return wrapped(*args, **kwargs)
         if state.every_call and mode_active():
             return wrapped(*args, **kwargs)  # the mode on the stack is about to see this call
-        if method:
-            return judge(function, (), (instance, *args), kwargs)
+        return judge(function, (), (instance, *args), kwargs)
+
+    return route
+
+
+def _route_function(function: Any) -> Callable[..., Any]:
+    """The route from a patched function into the override."""
+    judge = _override.__torch_function__
+    state = _policy.state
+    mode_active = _torch.function_mode_active
+    any_alive = LEDGER.any_alive
+
+    def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not any_alive() or (state.every_call and mode_active()):
+            return wrapped(*args, **kwargs)
         return judge(function, (), args, kwargs)
 
     return route
@@ -148,11 +177,40 @@ class _Attribute:
 _original_data: Any = torch.Tensor.data
 
 
-def _get_data(tensor: torch.Tensor) -> Any:
-    alias = _original_data.__get__(tensor)
-    if isinstance(alias, torch.Tensor):
-        _writes.enter_alias(alias, sys._getframe(1))
-    return alias
+def _data_getter() -> Callable[[torch.Tensor], Any]:
+    get = _original_data.__get__
+    plain = _memory.PLAIN_TYPES
+    storage_id = _torch.storage_id
+    pending = LEDGER.pending
+    file = LEDGER.file
+    groups = LEDGER.groups
+    enter_young = ALIASES.enter_young
+    by_storage = ALIASES.by_storage
+    inside_library = _places.inside_library
+    getframe = sys._getframe
+
+    def get_data(tensor: torch.Tensor) -> Any:
+        alias = get(tensor)
+        frame = getframe(2)
+        if type(alias) in plain:
+            if pending:
+                file()
+            try:
+                storage = storage_id(alias)
+            except _memory.NO_MEMORY:
+                return alias
+            if storage not in groups and storage not in by_storage:
+                if inside_library.get(frame.f_code.co_filename) is False:
+                    enter_young(alias, storage, frame.f_code, frame.f_lasti)
+                else:
+                    instruction = _places.user_instruction(frame)
+                    enter_young(alias, storage, *(instruction or (None, 0)))
+                return alias
+        if isinstance(alias, torch.Tensor):
+            _writes.enter_alias(alias, frame)
+        return alias
+
+    return get_data
 
 
 def _set_data(tensor: torch.Tensor, value: Any) -> None:
@@ -192,17 +250,18 @@ def _prepare() -> list[_Patch]:
         (_torch.VF, _torch.VARIABLE_FUNCTIONS),
     ]
     for owner, namespace in spaces:
+        route_to = _route_method if namespace is torch.Tensor else _route_function
         for name, (function, writer) in _writers.writers_in(namespace, dir(namespace)).items():
             WRITERS[function] = writer
             wrapper = wrappers.get(id(function))
             if wrapper is None:
-                wrapper = _Routed(function, _route(function, namespace is torch.Tensor))
+                wrapper = _Routed(function, route_to(function))
                 wrappers[id(function)] = wrapper
             patches.append(_Patch(owner, name, wrapper))
     patches += [
         _Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)
     ]
-    patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _get_data, _set_data)))
+    patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _data_getter(), _set_data)))
     patches += [
         _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")

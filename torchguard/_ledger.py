@@ -32,6 +32,7 @@ E = TypeVar("E", bound=Entry)
 Extent = tuple[int, int, bool]
 
 _SLACK = 1024
+_LARGE = 64
 
 
 class Ledger(Generic[E]):
@@ -43,14 +44,16 @@ class Ledger(Generic[E]):
             overlap another storage.
     """
 
-    def __init__(self, extent_of: Callable[[E], Extent | None]) -> None:
+    def __init__(
+        self, extent_of: Callable[[E], Extent | None], is_foreign: Callable[[E], bool] | None = None
+    ) -> None:
         self._extent_of = extent_of
+        self._is_foreign = is_foreign or self._extent_is_foreign
         self.pending: deque[ref[E]] = deque()
-        self._groups: dict[int, list[ref[E]]] = {}
-        self._foreign: dict[int, Extent] = {}
-        self._unmapped: list[int] | None = (
-            None  # groups not yet in _map; None until the map is first asked for
-        )
+        self.groups: dict[int, list[ref[E]]] = {}
+        self.foreign: dict[int, Extent] = {}
+        self._thin_at: dict[int, int] = {}  # size at which a large group is thinned out next
+        self._unmapped: list[int] | None = None  # groups not yet in _map; None until it is first asked for
         self._map = _AddressMap()
         self._sweep_at = _SLACK
         self._lock = threading.RLock()
@@ -67,13 +70,13 @@ class Ledger(Generic[E]):
 
     def __bool__(self) -> bool:
         """False only where no save is alive."""
-        return bool(self.pending) or bool(self._groups)
+        return self.any_alive()
 
     def __len__(self) -> int:
         """How many saves are alive."""
         self.file()
         with self._lock:
-            return sum(1 for group in self._groups.values() for item in group if item() is not None)
+            return sum(1 for group in self.groups.values() for item in group if item() is not None)
 
     def file(self) -> None:
         """File what is pending."""
@@ -90,41 +93,68 @@ class Ledger(Generic[E]):
                 if entry is None:
                     continue
                 storage = entry.storage
-                group = self._groups.get(storage)
+                group = self.groups.get(storage)
                 if group is None:
-                    self._groups[storage] = [item]
+                    self.groups[storage] = [item]
                     self._open(storage, entry)
                 else:
                     group.append(item)
-                    if len(group) > 64 and not len(group) & (len(group) - 1):  # at each power of two
+                    if len(group) > _LARGE and len(group) > self._thin_at.get(storage, _LARGE):
                         group[:] = [other for other in group if other() is not None]
-            if len(self._groups) > self._sweep_at:
+                        self._thin_at[storage] = 2 * len(group) + _LARGE
+            if len(self.groups) > self._sweep_at:
                 self._sweep()
 
     def _open(self, storage: int, entry: E) -> None:
-        extent = self._extent_of(entry)
-        if extent is not None and extent[2]:
-            self._foreign[storage] = extent
+        if self._is_foreign(entry):
+            extent = self._extent_of(entry)
+            if extent is not None:
+                self.foreign[storage] = extent
         if self._unmapped is not None:
             self._unmapped.append(storage)
 
+    def _extent_is_foreign(self, entry: E) -> bool:
+        extent = self._extent_of(entry)
+        return extent is not None and extent[2]
+
     def _close(self, storage: int) -> None:
-        self._groups.pop(storage, None)
-        self._foreign.pop(storage, None)
+        self.groups.pop(storage, None)
+        self.foreign.pop(storage, None)
+        self._thin_at.pop(storage, None)
         self._map.discard(storage)
 
     def _sweep(self) -> None:
-        for storage, group in list(self._groups.items()):
+        for storage, group in list(self.groups.items()):
             group[:] = [item for item in group if item() is not None]
             if not group:
                 self._close(storage)
-        self._sweep_at = 2 * len(self._groups) + _SLACK
+        self._sweep_at = 2 * len(self.groups) + _SLACK
+
+    def any_alive(self) -> bool:
+        """Whether any save is alive. Drops the dead ones that it meets, so it is flat in the long run."""
+        if self.pending:
+            self.file()
+        if not self.groups:
+            return False
+        dead = []
+        try:
+            for storage, group in self.groups.items():
+                if any(item() is not None for item in group):
+                    break
+                dead.append(storage)
+        except RuntimeError:  # another thread files
+            return True
+        if dead:
+            with self._lock:
+                for storage in dead:
+                    self.in_storage(storage)
+        return bool(self.groups)
 
     def in_storage(self, storage: int) -> list[E]:
         """The live saves of one storage."""
         if self.pending:
             self.file()
-        group = self._groups.get(storage)
+        group = self.groups.get(storage)
         if group is None:
             return []
         live = [entry for entry in (item() for item in group) if entry is not None]
@@ -140,7 +170,7 @@ class Ledger(Generic[E]):
         """Whether a save may lie in memory that torch's allocator did not hand out."""
         if self.pending:
             self.file()
-        return bool(self._foreign)
+        return bool(self.foreign)
 
     def across_storages(self, storage: int, extent: Extent) -> list[E]:
         """Live saves of *other* storages that lie over the same memory as ``extent``."""
@@ -152,15 +182,15 @@ class Ledger(Generic[E]):
                 near: Iterator[int] = iter(self._map.find(low, high))
             else:
                 near = (
-                    key for key, (start, end, _) in list(self._foreign.items()) if start < high and low < end
+                    key for key, (start, end, _) in list(self.foreign.items()) if start < high and low < end
                 )
             return [entry for key in near if key != storage for entry in self.in_storage(key)]
 
     def _draw_map(self) -> None:
-        waiting = self._groups if self._unmapped is None else self._unmapped
+        waiting = self.groups if self._unmapped is None else self._unmapped
         for storage in list(waiting):
             entry = next(
-                (entry for entry in (item() for item in self._groups.get(storage, ())) if entry is not None),
+                (entry for entry in (item() for item in self.groups.get(storage, ())) if entry is not None),
                 None,
             )
             extent = None if entry is None else self._extent_of(entry)

@@ -30,12 +30,13 @@ _PLUMBING = tuple(
     if module is not None and module.__file__ is not None
 )
 
-_is_ours: dict[str, bool] = {}
+#: Whether a file belongs to torch, torchguard or the plumbing between; filled as files are met.
+inside_library: dict[str, bool] = {}
 
 
 def _library(filename: str) -> bool:
     answer = filename.startswith((_TORCH, _OURS, "<frozen ")) or filename in _PLUMBING
-    _is_ours[filename] = answer
+    inside_library[filename] = answer
     return answer
 
 
@@ -44,7 +45,7 @@ def user_instruction(frame: FrameType | None) -> Instruction:
     while frame is not None:
         code = frame.f_code
         filename = code.co_filename
-        inside = _is_ours.get(filename)
+        inside = inside_library.get(filename)
         if inside is None:
             inside = _library(filename)
         if not inside:

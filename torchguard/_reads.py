@@ -33,29 +33,37 @@ collector = _Collector()
 
 def make_unpack() -> Callable[[Save], torch.Tensor]:
     """The unpack hook. What it uses is bound to local names: it runs at every read."""
+    young = ALIASES.young
     aliases = ALIASES.by_storage
     mode_active = _torch.function_mode_active
     storage_id = _torch.storage_id
     disabled = _torch.no_torch_function
 
     def check(save: Save) -> None:
-        tensor = save.tensor
-        if tensor._version != save.version:
+        if save.tensor._version != save.version:
             _refuse(save)
-        if save.storage in aliases:
+        if save.storage in young or save.storage in aliases:
             ALIASES.sync(save.storage, LEDGER.in_storage(save.storage))
-        if save.remarks is not None or (save.node is None and storage_id(tensor) != save.storage):
+        if save.remarks is not None or (
+            save.node is None and _memory.storage_of(save.tensor) != save.storage
+        ):
             _examine(save)
 
     def unpack(save: Save) -> torch.Tensor:
         if collector.saves is not None:
             collector.saves.append(save)
-        if save.remarks is None and not mode_active():
-            check(save)
-        else:
+        tensor = save.tensor
+        if save.remarks is not None or mode_active():
             with disabled():
                 check(save)
-        return save.tensor
+        elif (
+            tensor._version != save.version
+            or save.storage in young
+            or save.storage in aliases
+            or (save.node is None and storage_id(tensor) != save.storage)
+        ):
+            check(save)
+        return tensor
 
     return unpack
 

@@ -74,28 +74,16 @@ class Save:
         "version",
     )
 
-    def __init__(
-        self,
-        tensor: torch.Tensor,
-        version: int,
-        storage: int,
-        code: CodeType | None,
-        offset: int,
-        inner_code: CodeType | None,
-        inner_offset: int,
-        node: type | None,
-        output: int,
-    ) -> None:
-        self.tensor = tensor
-        self.version = version
-        self.storage = storage
-        self.code = code
-        self.offset = offset
-        self.inner_code = inner_code
-        self.inner_offset = inner_offset
-        self.node = node
-        self.output = output
-        self.remarks: Remarks | None = None
+    tensor: torch.Tensor
+    version: int
+    storage: int
+    code: CodeType | None
+    offset: int
+    inner_code: CodeType | None
+    inner_offset: int
+    node: type | None
+    output: int
+    remarks: Remarks | None
 
     def remark(self) -> Remarks:
         """The remarks, made if there are none yet."""
@@ -143,6 +131,21 @@ def _extent_of(save: Save) -> Extent | None:
     return extent_of(save.tensor)
 
 
+def is_foreign(tensor: torch.Tensor) -> bool:
+    """Whether another storage may lie over the same memory: torch's own allocator did not make this one."""
+    if type(tensor) in _memory.PLAIN_TYPES:
+        return not tensor.untyped_storage().resizable()
+    extent = extent_of(tensor)
+    return extent is not None and extent[2]
+
+
+def _is_foreign(save: Save) -> bool:
+    try:
+        return is_foreign(save.tensor)
+    except _memory.NO_MEMORY:
+        return False
+
+
 def extent_of(tensor: torch.Tensor) -> Extent | None:
     """Where the tensor's storage lies, and whether it is foreign; None where it has no memory."""
     try:
@@ -155,11 +158,11 @@ def extent_of(tensor: torch.Tensor) -> Extent | None:
 
 
 #: The live saves of this process.
-LEDGER: Ledger[Save] = Ledger(_extent_of)
+LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign)
 
 
 def make_pack() -> Callable[[torch.Tensor], Save]:
-    """The pack hook. Everything it uses is bound to a local name: it runs once a save."""
+    """A new pack hook. Everything it uses is bound to a local name: it runs once a save."""
     pending = LEDGER.pending
     file = LEDGER.file
     append = pending.append
@@ -167,37 +170,44 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
     mode_active = _torch.function_mode_active
     storage_id = _torch.storage_id
     next_number = _torch.next_sequence_number
-    library = _places._is_ours
+    inside_library = _places.inside_library
     user_instruction = _places.user_instruction
+    young = ALIASES.young
     aliases = ALIASES.by_storage
     getframe = sys._getframe
     disabled = _torch.no_torch_function
+    new = Save.__new__
 
     def record(tensor: torch.Tensor, storage: int) -> Save:
-        grad_fn = tensor.grad_fn
-        node: type | None = None
-        output = 0
+        save = new(Save)  # attribute by attribute: half the time of a constructor with ten arguments
+        save.remarks = None
+        save.storage = storage
+        save.version = tensor._version
         try:
             frame: Any = getframe(2)
         except ValueError:  # an autograd thread: no Python code on the stack
             frame = None
-        if grad_fn is not None and _is_output(tensor, grad_fn, frame, next_number()):
-            node = type(grad_fn)
-            output = tensor.output_nr
-            kept = tensor.detach()
+            save.code = save.inner_code = None
+            save.offset = save.inner_offset = 0
         else:
-            kept = tensor
-        if frame is None:
-            code = inner_code = None
-            offset = inner_offset = 0
-        else:
-            inner_code = code = frame.f_code
-            inner_offset = offset = frame.f_lasti
-            if library.get(code.co_filename) is not False:
+            code = save.inner_code = save.code = frame.f_code
+            save.inner_offset = save.offset = frame.f_lasti
+            if inside_library.get(code.co_filename) is not False:
                 found = user_instruction(frame)
-                code, offset = found if found is not None else (None, 0)
-        save = Save(kept, tensor._version, storage, code, offset, inner_code, inner_offset, node, output)
-        if storage in aliases:
+                save.code, save.offset = found if found is not None else (None, 0)
+        grad_fn = tensor.grad_fn
+        if grad_fn is not None and (
+            grad_fn._sequence_nr() == (number := next_number()) - 1
+            or number < 0  # this torch does not tell: never risk a cycle
+            or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(grad_fn, frame))
+        ):
+            save.node = type(grad_fn)
+            save.output = tensor.output_nr
+            save.tensor = tensor.detach()
+        else:
+            save.node = None
+            save.tensor = tensor
+        if storage in young or storage in aliases:
             ALIASES.sync(storage, LEDGER.in_storage(storage))
             if ALIASES.arm(storage):
                 save.keep_proof(PROOF_BYTES)
@@ -231,15 +241,9 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
     return pack
 
 
-def _is_output(tensor: torch.Tensor, grad_fn: Any, frame: Any, next_number: int) -> bool:
-    if next_number < 0:
-        return True  # this torch does not tell: never risk a cycle
-    if grad_fn._sequence_nr() == next_number - 1:
-        return True
-    # A custom Function whose forward recorded a graph of its own: what carries this very Function's node may
-    # be its output.
-    return (
-        frame is not None
-        and frame.f_code is _APPLY_CODE
-        and type(grad_fn) is _torch.node_class_of(frame.f_locals.get("cls"))
-    )
+def _may_be_output(grad_fn: Any, frame: Any) -> bool:
+    """Whether a custom Function, applied in ``frame``, may be saving an output of its own.
+
+    Its forward can have recorded a graph, and then its node is not the newest one.
+    """
+    return type(grad_fn) is _torch.node_class_of(frame.f_locals.get("cls"))

@@ -19,7 +19,7 @@ import torch
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES
 from torchguard._overlap import overlaps
-from torchguard._saves import LEDGER, Save, extent_of
+from torchguard._saves import LEDGER, Save, extent_of, is_foreign
 from torchguard._violation import Kind, Violation
 from torchguard._writers import Writer
 
@@ -39,11 +39,10 @@ class _Hit:
 def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
     """Live saves that may lie over the tensor's memory, whatever storage they are in."""
     saves = LEDGER.in_storage(storage)
-    if not LEDGER:
-        return saves
-    extent = extent_of(tensor)
-    if extent is not None and (extent[2] or LEDGER.has_foreign):
-        saves = saves + LEDGER.across_storages(storage, extent)
+    if LEDGER.groups and (LEDGER.foreign or is_foreign(tensor)):
+        extent = extent_of(tensor)
+        if extent is not None:
+            saves = saves + LEDGER.across_storages(storage, extent)
     return saves
 
 
@@ -55,6 +54,8 @@ def carry_out(
     Raises:
         SavedTensorCorruptionError: by the innermost guard, before any memory has changed.
     """
+    if not LEDGER.any_alive():
+        return call(*args, **kwargs)
     watched: list[int] = []
     hits: list[_Hit] = []
     for target in writer.targets(args, kwargs):
@@ -62,12 +63,13 @@ def carry_out(
         if not storage:
             continue
         saves = saves_near(target, storage)
-        if storage in ALIASES.by_storage:
+        if not saves:
+            continue  # an alias's counter matters to live saves only
+        if storage in ALIASES.by_storage or storage in ALIASES.young:
             ALIASES.sync(storage, saves)
             watched.append(storage)
-        if saves:
-            hits += [_Hit(save, target) for save in saves if _is_silent(writer, target, save)]
-            del saves
+        hits += [_Hit(save, target) for save in saves if _is_silent(writer, target, save)]
+        del saves
     if hits:
         _answer(writer, call, args, kwargs, hits)
         hits.clear()
