@@ -83,6 +83,7 @@ class Ledger(Generic[E]):
         pending = self.pending
         if not pending:
             return
+        groups, is_foreign = self.groups, self._is_foreign
         with self._lock:
             while pending:
                 try:
@@ -93,10 +94,15 @@ class Ledger(Generic[E]):
                 if entry is None:
                     continue
                 storage = entry.storage
-                group = self.groups.get(storage)
+                group = groups.get(storage)
                 if group is None:
-                    self.groups[storage] = [item]
-                    self._open(storage, entry)
+                    groups[storage] = [item]
+                    if is_foreign(entry):
+                        extent = self._extent_of(entry)
+                        if extent is not None:
+                            self.foreign[storage] = extent
+                    if self._unmapped is not None:
+                        self._unmapped.append(storage)
                 else:
                     group.append(item)
                     if len(group) > _LARGE and len(group) > self._thin_at.get(storage, _LARGE):
@@ -105,23 +111,18 @@ class Ledger(Generic[E]):
             if len(self.groups) > self._sweep_at:
                 self._sweep()
 
-    def _open(self, storage: int, entry: E) -> None:
-        if self._is_foreign(entry):
-            extent = self._extent_of(entry)
-            if extent is not None:
-                self.foreign[storage] = extent
-        if self._unmapped is not None:
-            self._unmapped.append(storage)
-
     def _extent_is_foreign(self, entry: E) -> bool:
         extent = self._extent_of(entry)
         return extent is not None and extent[2]
 
     def _close(self, storage: int) -> None:
         self.groups.pop(storage, None)
-        self.foreign.pop(storage, None)
-        self._thin_at.pop(storage, None)
-        self._map.discard(storage)
+        if self.foreign:
+            self.foreign.pop(storage, None)
+        if self._thin_at:
+            self._thin_at.pop(storage, None)
+        if self._unmapped is not None:
+            self._map.discard(storage)
 
     def _sweep(self) -> None:
         for storage, group in list(self.groups.items()):

@@ -26,24 +26,28 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 def span_of(tensor: torch.Tensor) -> Span | None:
-    """The memory of a strided tensor; None where it has none that can be written to (meta, fake, sparse,
-    ...).
-    """
+    """The memory of a strided tensor; None where it has none to write to (meta, fake, sparse, ...)."""
     try:
+        if type(tensor) in PLAIN_TYPES and not _torch.function_mode_active():
+            return _span(tensor)
         with _torch.no_torch_function():
-            base = _torch.storage_address(tensor)
-            if base == 0 or tensor.layout is not torch.strided:
-                return None
-            itemsize = tensor.element_size()
-            return Span(
-                str(tensor.device),
-                base + int(tensor.storage_offset()) * itemsize,
-                itemsize,
-                tuple(tensor.shape),
-                tuple(stride * itemsize for stride in tensor.stride()),
-            )
+            return _span(tensor)
     except NO_MEMORY:
         return None
+
+
+def _span(tensor: torch.Tensor) -> Span | None:
+    base = _torch.storage_address(tensor)
+    if base == 0 or tensor.layout is not torch.strided:
+        return None
+    itemsize = tensor.element_size()
+    return Span(
+        str(tensor.device),
+        base + int(tensor.storage_offset()) * itemsize,
+        itemsize,
+        tuple(tensor.shape),
+        tuple([stride * itemsize for stride in tensor.stride()]),
+    )
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -141,6 +141,8 @@ def is_foreign(tensor: torch.Tensor) -> bool:
 
 def _is_foreign(save: Save) -> bool:
     try:
+        if save.remarks is None:
+            return not save.tensor.untyped_storage().resizable()
         return is_foreign(save.tensor)
     except _memory.NO_MEMORY:
         return False
@@ -207,6 +209,9 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
         else:
             save.node = None
             save.tensor = tensor
+        latest = young.get(storage)
+        if latest is not None and latest[0]() is None:
+            young.pop(storage, None)  # a temporary of the last step
         if storage in young or storage in aliases:
             ALIASES.sync(storage, LEDGER.in_storage(storage))
             if ALIASES.arm(storage):

@@ -1,0 +1,49 @@
+# Everything runs in .venv, which is made on first use with exactly the versions of constraints.txt.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed-demo ## a WGAN with a silent mistake: unguarded, under strict(), and put right
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed-dev ## run the tests (ARGS="-n 2 -k name" goes to pytest)
+	$(BIN)/python -m pytest --timeout 600 $(ARGS)
+
+lint: $(VENV)/installed-dev ## ruff (format and rules) and mypy, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev ## let ruff format and fix what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo 'torchguard needs Python 3.10 or newer; "$(PYTHON)" is not: try make PYTHON=python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed-demo: pyproject.toml constraints.txt | $(VENV)/created
+	@echo 'installing what the demo needs into $(VENV): minutes the first time'
+	@$(INSTALL) -e '.[examples]'
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/created
+	@echo 'installing what the tests and checks need into $(VENV): minutes the first time'
+	@$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/installed-demo
