@@ -84,6 +84,14 @@ def switch_on(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return result
 
 
+def note_foreign_hooks(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``_push_saved_tensors_default_hooks``: only the innermost pair runs, so the guard's does not."""
+    _policy.note_unwatched(
+        "tensors saved under another pair of save hooks (saved_tensors_hooks, save_on_cpu, checkpoint)"
+    )
+    return original(*args, **kwargs)
+
+
 # ---- ctx.saved_tensors -------------------------------------------------------------------------------------
 
 _original_saved_tensors: Any = torch.autograd.function.BackwardCFunction.saved_tensors

@@ -270,6 +270,10 @@ def _prepare() -> list[_Patch]:
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):
             patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
+    module, push = _torch.HOOK_PUSH
+    patches.append(
+        _Patch(module, push, wrapt.FunctionWrapper(getattr(module, push), _hooks.note_foreign_hooks))
+    )
     backward = torch.autograd.function.BackwardCFunction
     patches.append(_Patch(backward, "saved_tensors", property(_hooks.saved_tensors)))
     start = threading.Thread.start

@@ -49,20 +49,35 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
         ):
             _examine(save)
 
+    def verdict(save: Save) -> Exception | None:
+        try:
+            with disabled():
+                check(save)
+        except Exception as error:
+            # Raised by the hook, without the frames below: their locals would keep the save alive for as long
+            # as somebody keeps the error.
+            return error.with_traceback(None)
+        return None
+
     def unpack(save: Save) -> torch.Tensor:
         if collector.saves is not None:
             collector.saves.append(save)
         tensor = save.tensor
-        if save.remarks is not None or mode_active():
-            with disabled():
-                check(save)
-        elif (
-            tensor._version != save.version
+        if (
+            save.remarks is not None
+            or mode_active()
+            or tensor._version != save.version
             or save.storage in young
             or save.storage in aliases
             or (save.node is None and storage_id(tensor) != save.storage)
         ):
-            check(save)
+            error = verdict(save)
+            if error is not None:
+                del save, tensor
+                try:
+                    raise error
+                finally:
+                    del error  # it refers to this frame
         return tensor
 
     return unpack
@@ -93,10 +108,7 @@ def _report(save: Save, kind: Kind) -> None:
     remarks = save.remark()
     remarks.settled = True
     suspect = remarks.suspect
-    try:
-        here = _places.user_instruction(sys._getframe(1))
-    except ValueError:
-        here = None
+    here = _places.user_instruction(sys._getframe(1))
     elements = save.tensor.numel()
     if remarks.proof is not None and remarks.proof.shape == save.tensor.shape:
         changed = _memory.as_bytes(remarks.proof.contiguous()) != _memory.as_bytes(save.tensor.contiguous())

@@ -100,6 +100,8 @@ _hooks_enabled: Callable[[], bool] = getattr(_autograd, "_saved_tensors_hooks_is
 
 #: Where torch.func switches save hooks off and on again, by name: patched so that the guard can step aside.
 HOOK_SWITCHES = (_autograd, "_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable")
+#: Where save hooks are pushed, by name.
+HOOK_PUSH = (_autograd, "_push_saved_tensors_default_hooks")
 
 
 def hooks_enabled() -> bool:

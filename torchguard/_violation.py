@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "rebind", "unseen"]
+Kind = Literal["write", "uncounted", "rebind", "unseen"]
 
 _RESET = "\x1b[0m"
 _COLOURS = {"headline": "\x1b[1;31m", "label": "\x1b[1m", "place": "\x1b[36m", "fix": "\x1b[32m"}
@@ -39,8 +39,9 @@ class Violation:
     """A silent write that overlaps a live save.
 
     Attributes:
-        kind: ``"write"`` (a call that the guard saw), ``"rebind"`` (``x.data = y`` on the tensor that was
-            saved) or ``"unseen"`` (a write that only the alias's version counter gave away).
+        kind: ``"write"`` (through an alias, by a call that the guard saw), ``"uncounted"`` (by a call that
+            moves no version counter, whatever it writes through), ``"rebind"`` (``x.data = y`` on the tensor
+            that was saved) or ``"unseen"`` (a write that only the alias's version counter gave away).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -103,12 +104,11 @@ class Violation:
 
     def _headline(self) -> str:
         what = {
-            "write": f"{self.operation} through memory that autograd does not watch",
-            "rebind": f"assigning {self.operation}",
+            "write": f"{self.operation} through {'.data' if self.aliased else 'an alias'}",
+            "uncounted": f"{self.operation}, which moves no version counter,",
+            "rebind": self.operation,
             "unseen": "a write through an alias",
         }[self.kind]
-        if self.kind == "write" and self.aliased is not None:
-            what = f"{self.operation} through .data"
         verb = "would corrupt" if self.caught == "write" else "may have corrupted"
         return f"{what} {verb} a tensor saved for backward"
 
@@ -117,7 +117,7 @@ class Violation:
         saved = f"{self.dtype}[{shape}] on {self.device}" + (f", by {self.saved_by}" if self.saved_by else "")
         changed = f"{self.elements} of {self.of} elements"
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
-        if self.kind != "rebind":
+        if self.kind in ("write", "unseen"):
             places.append(("aliased", self.aliased, ""))
         if self.kind == "unseen":
             places.append(("written", None, ""))
@@ -154,7 +154,9 @@ class Violation:
 
     def _ways_out(self, paint: Any) -> list[str]:
         name = self._aliased_name()
-        if self.kind == "rebind":
+        if self.kind == "uncounted":
+            fix = "do it after backward(), or use an operation that moves the counter, which autograd checks"
+        elif self.kind == "rebind":
             fix = "assign after backward(); to have autograd check it, use copy_() under torch.no_grad()"
         else:
             fix = (

@@ -20,7 +20,12 @@ from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES
 from torchguard._overlap import overlaps
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
-from torchguard._violation import Kind, Violation
+from torchguard._violation import (
+    Kind,
+    SavedTensorCorruptionError,
+    SavedTensorCorruptionWarning,
+    Violation,
+)
 from torchguard._writers import Writer
 
 #: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
@@ -71,7 +76,12 @@ def carry_out(
         hits += [_Hit(save, target) for save in saves if _is_silent(writer, target, save)]
         del saves
     if hits:
-        _answer(writer, call, args, kwargs, hits)
+        error = _verdict(writer, call, args, kwargs, hits)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
         hits.clear()
     if not watched:
         return call(*args, **kwargs)
@@ -96,31 +106,48 @@ def _is_silent(writer: Writer, target: torch.Tensor, save: Save) -> bool:
     return not (writer.moves_counter and _memory.shares_counter(target, save.tensor))
 
 
+def _verdict(
+    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[_Hit]
+) -> Exception | None:
+    """Have the hits answered; what the answer raised is returned.
+
+    An error is raised by the caller, without the frames below: their locals would keep saves alive for as long
+    as somebody keeps the error.
+    """
+    try:
+        _answer(writer, call, args, kwargs, hits)
+    except (SavedTensorCorruptionError, SavedTensorCorruptionWarning) as error:
+        hits.clear()
+        return error.with_traceback(None)
+    return None
+
+
 def _answer(
     writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[_Hit]
 ) -> None:
-    frame = sys._getframe(1)
+    frame = sys._getframe(3)
     if _places.called_from(frame, _TRUSTED_FILES):
         _let_bytes_decide([hit.save for hit in hits])
         return
     try:
         changes = _rehearse(writer, call, args, kwargs)
     except Exception:
-        # PyTorch refuses the call, and says so itself when it is made in a moment. Should it not, the bytes
-        # decide.
+        # PyTorch refuses the call, and says so itself in a moment. Should it not, the bytes decide.
         _let_bytes_decide([hit.save for hit in hits])
         return
     here = _places.user_instruction(frame)
     corrupted = []
     for hit in hits:
         span = _memory.span_of(hit.save.tensor)
-        assert span is not None
+        if span is None:
+            continue
         mask, address = changes[id(hit.target)]
         hit.elements = _memory.touched_elements(mask, address, span)
         if hit.elements:
             corrupted.append(hit)
     for hit in corrupted:
-        report(hit.save, "write", writer.title, here, hit.elements, hit.target)
+        shared = not writer.moves_counter and _memory.shares_counter(hit.target, hit.save.tensor)
+        report(hit.save, "uncounted" if shared else "write", writer.title, here, hit.elements, hit.target)
     for hit in corrupted:
         hit.save.remark().settled = True
 
@@ -217,28 +244,50 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     Raises:
         SavedTensorCorruptionError: by the innermost guard, before anything has changed.
     """
-    storage = _memory.storage_of(tensor)
-    saves = [save for save in LEDGER.in_storage(storage) if save.tensor is tensor] if storage else []
+    saves = _saves_of(tensor)
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
-        if not _same(tensor, value):
-            frame = sys._getframe(1)
-            if _places.called_from(frame, _TRUSTED_FILES):
-                _let_bytes_decide(saves)
-            else:
-                here = _places.user_instruction(frame)
-                for save in saves:
-                    if not save.moved:
-                        report(save, "rebind", "x.data = y", here, save.tensor.numel(), None)
-                for save in saves:
-                    save.remark().settled = True
+        error = None if _same(tensor, value) else _rebind_verdict(tensor, saves)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
         setter(tensor, value)
+        storage = _memory.storage_of(tensor)
+        there = LEDGER.in_storage(storage)
         for save in saves:  # what backward will read lies elsewhere now
-            save.storage = _memory.storage_of(tensor)
-            LEDGER.add(save)
+            save.storage = storage
+            if not any(save is other for other in there):
+                LEDGER.add(save)
+        saves.clear()
     else:
         setter(tensor, value)
     if isinstance(value, torch.Tensor) and type(value) in _memory.PLAIN_TYPES:
         enter_alias(value, sys._getframe(1), _memory.version_of(value))
+
+
+def _saves_of(tensor: torch.Tensor) -> list[Save]:
+    """The live saves that hold this very tensor."""
+    storage = _memory.storage_of(tensor)
+    return [save for save in LEDGER.in_storage(storage) if save.tensor is tensor] if storage else []
+
+
+def _rebind_verdict(tensor: torch.Tensor, saves: list[Save]) -> Exception | None:
+    frame = sys._getframe(2)
+    if _places.called_from(frame, _TRUSTED_FILES):
+        _let_bytes_decide(saves)
+        return None
+    here = _places.user_instruction(frame)
+    try:
+        for save in saves:
+            if not save.moved:
+                report(save, "rebind", "x.data = y", here, save.tensor.numel(), None)
+    except (SavedTensorCorruptionError, SavedTensorCorruptionWarning) as error:
+        saves.clear()
+        return error.with_traceback(None)
+    for save in saves:
+        save.remark().settled = True
+    return None
 
 
 def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: torch.Tensor) -> bool:
@@ -278,7 +327,4 @@ def enter_alias(alias: torch.Tensor, frame: Any, version: int = 0) -> None:
 
 def detached_in_place(tensor: torch.Tensor) -> list[Save]:
     """The saves that hold ``tensor`` as a non-leaf input: detached in place, PyTorch refuses them."""
-    storage = _memory.storage_of(tensor)
-    if not storage or tensor.is_leaf:
-        return []
-    return [save for save in LEDGER.in_storage(storage) if save.tensor is tensor]
+    return [] if tensor.is_leaf else _saves_of(tensor)
