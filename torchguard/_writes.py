@@ -111,8 +111,8 @@ def _verdict(
 ) -> Exception | None:
     """Have the hits answered; what the answer raised is returned.
 
-    An error is raised by the caller, without the frames below: their locals would keep saves alive for as long
-    as somebody keeps the error.
+    An error is raised by the caller, without the frames below: their locals would keep saves alive as long as
+    somebody keeps the error.
     """
     try:
         _answer(writer, call, args, kwargs, hits)
