@@ -71,10 +71,10 @@ class AliasRecord(ref[torch.Tensor]):
     def arm(self, alias: torch.Tensor) -> None:
         """Watch the alias's counter from now on, beyond its death."""
         span = _memory.span_of(alias)
-        if span is None or alias.is_inference():
+        if span is None or _memory.version_of(alias) < 0:
             return  # no memory, or no counter
         self.span = span
-        with torch.no_grad(), _torch.no_torch_function(), _torch.no_torch_dispatch():
+        with _torch.hidden():
             counter = alias.detach()
             _set_data(counter, _EMPTY)
         self.counter = counter
@@ -214,6 +214,16 @@ class Aliases:
             remarks = save.remark()
             if not remarks.settled and remarks.suspect is None:
                 remarks.suspect = record
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Let go of one alias: something is about to ask for a tensor without weak references."""
+        storage = _memory.storage_of(tensor)
+        latest = self.young.get(storage)
+        if latest is not None and latest[0]() is tensor:
+            del self.young[storage]
+        records = self.by_storage.get(storage)
+        if records is not None:
+            self.by_storage[storage] = [record for record in records if record() is not tensor]
 
     def settle(self, storage: int) -> None:
         """A write into this storage has been judged: what moved by it is expected."""

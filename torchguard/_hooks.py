@@ -94,7 +94,7 @@ def note_foreign_hooks(original: Any, _: Any, args: tuple[Any, ...], kwargs: dic
 
 # ---- ctx.saved_tensors -------------------------------------------------------------------------------------
 
-_original_saved_tensors: Any = torch.autograd.function.BackwardCFunction.saved_tensors
+original_saved_tensors: Any = torch.autograd.function.BackwardCFunction.saved_tensors
 
 
 def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
@@ -104,7 +104,7 @@ def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
     outer = collector.saves
     collector.saves = []
     try:
-        unpacked: tuple[torch.Tensor | None, ...] = _original_saved_tensors.__get__(ctx)
+        unpacked: tuple[torch.Tensor | None, ...] = original_saved_tensors.__get__(ctx)
         saves = collector.saves
     finally:
         collector.saves = outer

@@ -7,8 +7,12 @@ no patch can (``out=``, ``torch.ops``, functions bound before the guard came).
 
 from __future__ import annotations
 
+import copy
+import importlib
+import inspect
 import sys
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torchguard import _hooks, _memory, _places, _policy, _torch, _writers, _writes
 from torchguard._aliases import ALIASES
 from torchguard._reads import DETACHED
-from torchguard._saves import LEDGER
+from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
 
 #: What each known callable writes to; filled when the patches are prepared.
@@ -62,24 +66,57 @@ _override = Override()
 # ---- the patches -------------------------------------------------------------------------------------------
 
 
-class _Routed(wrapt.FunctionWrapper[Any, Any]):
-    """A wrapper that copies, deep-copies and pickles as the function it wraps.
+class _Copied:
+    """Copies, deep-copies, pickles and prints as the function that is wrapped.
 
-    A module that holds ``torch.relu_`` as an attribute is copied and saved as ever, during the guard and
-    after.
+    A module that holds ``torch.relu_`` as an attribute is copied and saved as ever, under the guard and after.
     """
 
+    __wrapped__: Any
+
+    def __repr__(self) -> str:
+        return repr(self.__wrapped__)
+
     def __copy__(self) -> Any:
-        return self.__wrapped__
+        return copy.copy(self.__wrapped__)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return self.__wrapped__
+        return copy.deepcopy(self.__wrapped__, memo)
 
     def __reduce__(self) -> Any:
-        return self.__wrapped__.__reduce__()
+        return self.__reduce_ex__(2)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__wrapped__.__reduce_ex__(protocol)
+        function = self.__wrapped__
+        reduced = function.__qualname__ if inspect.isfunction(function) else function.__reduce_ex__(protocol)
+        if isinstance(reduced, str) and not inspect.isfunction(function):
+            # By name the pickler would find this wrapper, or, once the guard is left, not find it.
+            return getattr, (_ByName(function.__module__), reduced)
+        return reduced
+
+
+class _ByName:
+    """Pickles as the import of a module."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def __reduce__(self) -> Any:
+        return importlib.import_module, (self.module,)
+
+
+class _BoundRouted(_Copied, wrapt.BoundFunctionWrapper[Any, Any]):
+    """``x.add_`` while ``torch.Tensor.add_`` is routed."""
+
+
+class _Routed(_Copied, wrapt.FunctionWrapper[Any, Any]):
+    """A routed function or method."""
+
+    __bound_function_wrapper__ = _BoundRouted
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        # On the class a method is the same object each time; wrapt would make a new one.
+        return self if instance is None else super().__get__(instance, owner)
 
 
 def _route_method(function: Any) -> Callable[..., Any]:
@@ -104,12 +141,15 @@ def _route_method(function: Any) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         if type(instance) in plain and not foreign:
             try:
-                if storage_id(instance) not in groups and instance.untyped_storage().resizable():
-                    return wrapped(*args, **kwargs)
+                elsewhere = storage_id(instance) not in groups and not is_foreign(instance)
             except _memory.NO_MEMORY:
+                elsewhere = True
+            if elsewhere:
                 return wrapped(*args, **kwargs)
         if state.every_call and mode_active():
             return wrapped(*args, **kwargs)  # the mode on the stack is about to see this call
+        if instance is None:  # called on the class
+            return judge(function, (), args, kwargs)
         return judge(function, (), (instance, *args), kwargs)
 
     return route
@@ -238,15 +278,28 @@ def _detach_in_place(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
     return result
 
 
+def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.utils.swap_tensors`` refuses tensors with weak references: the guard drops its own."""
+    for tensor in _writers.tensors_in([*args, *kwargs.values()]):
+        ALIASES.forget(tensor)
+    return wrapped(*args, **kwargs)
+
+
 def _prepare() -> list[_Patch]:
     """Everything that is patched while a guard is on, made once."""
+    # Tables that torch makes once, on the first call, from what it finds then.
+    torch.overrides.get_overridable_functions()
+    torch.overrides.get_testing_overrides()
     patches = []
     wrappers: dict[int, _Routed] = {}
+    # torch._C._nn is replaced as a whole: its functions pickle by the module's name, which must lead to them.
+    nn_functions = types.ModuleType(_torch.NN.__name__)
+    nn_functions.__dict__.update(vars(_torch.NN))
     spaces: list[tuple[Any, Any]] = [
         (torch.Tensor, torch.Tensor),
         (torch, torch),
         (torch.nn.functional, torch.nn.functional),
-        (_torch.NN, _torch.NN),
+        (nn_functions, _torch.NN),
         (_torch.VF, _torch.VARIABLE_FUNCTIONS),
     ]
     for owner, namespace in spaces:
@@ -257,7 +310,16 @@ def _prepare() -> list[_Patch]:
             if wrapper is None:
                 wrapper = _Routed(function, route_to(function))
                 wrappers[id(function)] = wrapper
-            patches.append(_Patch(owner, name, wrapper))
+            if owner is nn_functions:
+                setattr(owner, name, wrapper)
+            else:
+                patches.append(_Patch(owner, name, wrapper))
+    patches.append(_Patch(*_torch.NN_FUNCTIONS, nn_functions))
+    WRITERS[torch.nn.init.eye_] = _writers.EYE
+    patches.append(
+        _Patch(torch.nn.init, "eye_", _Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_)))
+    )
+    patches.append(_Patch(torch.utils, "swap_tensors", _Routed(torch.utils.swap_tensors, _swap_tensors)))
     patches += [
         _Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)
     ]
@@ -275,7 +337,9 @@ def _prepare() -> list[_Patch]:
         _Patch(module, push, wrapt.FunctionWrapper(getattr(module, push), _hooks.note_foreign_hooks))
     )
     backward = torch.autograd.function.BackwardCFunction
-    patches.append(_Patch(backward, "saved_tensors", property(_hooks.saved_tensors)))
+    patches.append(
+        _Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors))
+    )
     start = threading.Thread.start
     patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
     return patches

@@ -53,7 +53,7 @@ class Ledger(Generic[E]):
         self.groups: dict[int, list[ref[E]]] = {}
         self.foreign: dict[int, Extent] = {}
         self._thin_at: dict[int, int] = {}  # size at which a large group is thinned out next
-        self._unmapped: list[int] | None = None  # groups not yet in _map; None until it is first asked for
+        self._unmapped: set[int] | None = None  # groups not yet in _map; None until it is first asked for
         self._map = _AddressMap()
         self._sweep_at = _SLACK
         self._lock = threading.RLock()
@@ -95,6 +95,13 @@ class Ledger(Generic[E]):
                     continue
                 storage = entry.storage
                 group = groups.get(storage)
+                if (
+                    group is not None
+                    and group[-1]() is None
+                    and not any(other() is not None for other in group)
+                ):
+                    self._close(storage)  # the identity of a storage that is gone, used again
+                    group = None
                 if group is None:
                     groups[storage] = [item]
                     if is_foreign(entry):
@@ -102,7 +109,7 @@ class Ledger(Generic[E]):
                         if extent is not None:
                             self.foreign[storage] = extent
                     if self._unmapped is not None:
-                        self._unmapped.append(storage)
+                        self._unmapped.add(storage)
                 else:
                     group.append(item)
                     if len(group) > _LARGE and len(group) > self._thin_at.get(storage, _LARGE):
@@ -122,6 +129,7 @@ class Ledger(Generic[E]):
         if self._thin_at:
             self._thin_at.pop(storage, None)
         if self._unmapped is not None:
+            self._unmapped.discard(storage)
             self._map.discard(storage)
 
     def _sweep(self) -> None:
@@ -197,7 +205,7 @@ class Ledger(Generic[E]):
             extent = None if entry is None else self._extent_of(entry)
             if extent is not None:
                 self._map.add(storage, extent[0], extent[1])
-        self._unmapped = []
+        self._unmapped = set()
 
 
 class _AddressMap:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +18,9 @@ PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 #: Reading a tensor that has no memory of its own (sparse, fake, a functorch wrapper, ...) raises one of
 #: these.
 NO_MEMORY = (RuntimeError, NotImplementedError, TypeError, AttributeError)
+
+#: The getter of ``Tensor.data``, taken before anything is patched.
+_get_data: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -84,6 +90,8 @@ def shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _extent(tensor: torch.Tensor) -> int:
     """Elements from the first to the last one that the tensor reaches."""
+    if tensor.numel() == 0:
+        return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
@@ -101,6 +109,30 @@ def replica_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A tensor of the same layout over a copy of the same memory, and that copy."""
     memory = _stretch(tensor).clone()
     return memory.as_strided(tensor.shape, tensor.stride(), 0), memory
+
+
+def overwrite(tensor: torch.Tensor, memory: torch.Tensor) -> None:
+    """Put a copy's memory (see :func:`replica_of`) back into the elements; no version counter moves."""
+    uncounted = _get_data(tensor)
+    uncounted.copy_(memory.as_strided(tensor.shape, tensor.stride(), 0))
+
+
+@contextmanager
+def same_random_numbers(targets: Iterable[torch.Tensor], generator: torch.Generator | None) -> Iterator[None]:
+    """Put the random number generators that a call on ``targets`` draws from back to where they were."""
+    put_back: list[Callable[[], Any]] = [partial(torch.set_rng_state, torch.get_rng_state())]
+    if generator is not None:
+        put_back.append(partial(generator.set_state, generator.get_state()))
+    put_back += [
+        partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+        for device in {target.device for target in targets}
+        if device.type == "cuda"
+    ]
+    try:
+        yield
+    finally:
+        for restore in put_back:
+            restore()
 
 
 def changed_bytes(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -124,9 +156,10 @@ def touched_elements(mask: torch.Tensor, address: int, span: Span) -> int:
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one dtype and shape hold the same bits (NaNs and signs of zero count)."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    return bool(torch.equal(as_bytes(a.contiguous()), as_bytes(b.contiguous())))
+    with _torch.hidden():
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        return bool(torch.equal(as_bytes(a.contiguous()), as_bytes(b.contiguous())))
 
 
 def describe(tensor: torch.Tensor) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def overlaps(a: Span, b: Span, work: int = _WORK) -> bool | None:
         return False
     a_low, a_high = a.bounds
     b_low, b_high = b.bounds
-    if a_low >= b_high or b_low >= a_high:
+    if a_low >= b_high or b_low >= a_high or a_low == a_high or b_low == b_high:
         return False
     # Normalise to sum(step * x) == target with steps > 0 and 0 <= x <= limit: the terms of b are mirrored
     # (x becomes limit - x), which moves their sign to the left-hand side and their reach to the target.

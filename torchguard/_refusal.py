@@ -76,7 +76,7 @@ def _as_torch_names(node: str) -> str:
             saver: Any = result.grad_fn
             result.detach().add_(1)
             _style.append("ExpBackward" in _unpacking(lambda: saver._saved_result))
-    return node if _style[0] else re.sub(r"Backward\d*$", "", node)
+    return node if _style[0] else re.sub(r"Backward0?$|Backward(?=\d+$)", "", node)
 
 
 _detached: list[str] = []

@@ -93,12 +93,12 @@ class Save:
 
     def keep_proof(self, at_most: int | None = None) -> None:
         """Keep a copy of the saved bytes, if there is none yet and they are no more than ``at_most``."""
+        remarks = self.remark()
         tensor = self.tensor
-        with torch.no_grad(), _torch.no_torch_function():
+        with _torch.hidden():
             if at_most is not None and tensor.numel() * tensor.element_size() > at_most:
                 return
-            remarks = self.remark()
-            if remarks.proof is None:
+            if remarks.proof is None and _memory.span_of(tensor) is not None:
                 remarks.proof = tensor.detach().clone()
 
     @property
@@ -133,7 +133,7 @@ def _extent_of(save: Save) -> Extent | None:
 
 def is_foreign(tensor: torch.Tensor) -> bool:
     """Whether another storage may lie over the same memory: torch's own allocator did not make this one."""
-    if type(tensor) in _memory.PLAIN_TYPES:
+    if type(tensor) in _memory.PLAIN_TYPES and not _torch.function_mode_active():
         return not tensor.untyped_storage().resizable()
     extent = extent_of(tensor)
     return extent is not None and extent[2]
@@ -201,13 +201,14 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
         if grad_fn is not None and (
             grad_fn._sequence_nr() == (number := next_number()) - 1
             or number < 0  # this torch does not tell: never risk a cycle
-            or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(grad_fn, frame))
+            or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
         ):
             save.node = type(grad_fn)
             save.output = tensor.output_nr
             save.tensor = tensor.detach()
         else:
             save.node = None
+            save.output = 0
             save.tensor = tensor
         latest = young.get(storage)
         if latest is not None and latest[0]() is None:
@@ -246,9 +247,12 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
     return pack
 
 
-def _may_be_output(grad_fn: Any, frame: Any) -> bool:
+def _may_be_output(tensor: torch.Tensor, grad_fn: Any, frame: Any) -> bool:
     """Whether a custom Function, applied in ``frame``, may be saving an output of its own.
 
-    Its forward can have recorded a graph, and then its node is not the newest one.
+    Its forward can have recorded a graph, and then its node is not the newest. What it was given is an input.
     """
-    return type(grad_fn) is _torch.node_class_of(frame.f_locals.get("cls"))
+    local = frame.f_locals
+    if any(argument is tensor for argument in local.get("args", ())):
+        return False
+    return type(grad_fn) is _torch.node_class_of(local.get("cls"))

@@ -70,6 +70,13 @@ no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(
 )
 
 
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Do what the guard has to do with tensors of real memory: no user's mode, subclass or graph sees it."""
+    with torch.no_grad(), no_torch_function(), no_torch_dispatch():
+        yield
+
+
 def push_function_mode(mode: Any) -> None:
     """Put a function mode onto this thread's stack."""
     mode.__enter__()
@@ -181,6 +188,8 @@ VF: Any = torch._VF
 NN: Any = torch._C._nn
 VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
 
+
+NN_FUNCTIONS = (torch._C, "_nn")
 
 #: What ``torch.ops`` calls are made of.
 OPERATOR_TYPES: tuple[type, ...] = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)

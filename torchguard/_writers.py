@@ -27,8 +27,10 @@ _MOVE_NO_COUNTER = frozenset(
         "_fused_adam_",
         "_fused_adamw_",
         "_fused_sgd_",
-        "_amp_foreach_non_finite_check_and_unscale_",
-        "_amp_update_scale_",
+        "_sobol_engine_ff_",
+        "_sobol_engine_initialize_state_",
+        "_sobol_engine_scramble_",
+        "_fill_mem_eff_dropout_mask_",
     }
 )
 
@@ -51,21 +53,8 @@ _METADATA_ONLY = frozenset(
     }
 )
 
-#: A rehearsal of these would call the user's function once more, or draw random numbers.
-_NOT_REPEATABLE = frozenset(
-    {
-        "apply_",
-        "map_",
-        "map2_",
-        "alpha_dropout_",
-        "dropout_",
-        "feature_alpha_dropout_",
-        "feature_dropout_",
-        "rrelu_",
-        "rrelu_with_noise_",
-        "_fill_mem_eff_dropout_mask_",
-    }
-)
+#: These call a function of the user's, which must not be called twice.
+_CALL_BACK = frozenset({"apply_", "map_", "map2_"})
 
 _IN_PLACE_OPERATORS = frozenset(
     [
@@ -96,13 +85,13 @@ class Writer:
         name: its name, ``"add_"`` say.
         written: position and keyword of each argument that it writes to.
         moves_counter: whether the written tensor's version moves.
-        repeatable: whether calling it on a copy has no effect but on the copy.
+        calls_back: whether it calls a function of the user's.
     """
 
     name: str
     written: tuple[tuple[int, str], ...] = ((0, "self"),)
     moves_counter: bool = True
-    repeatable: bool = True
+    calls_back: bool = False
 
     @property
     def title(self) -> str:
@@ -174,18 +163,18 @@ def writer_of(name: str) -> Writer | None:
     if not _can_write(name) or name in _METADATA_ONLY:
         return None
     written: dict[int, str] = {}
-    repeatable = name not in _NOT_REPEATABLE
     for schema in _torch.schemas_of(name):
         for position, argument in enumerate(schema.arguments):
             info = argument.alias_info
             if info is not None and info.is_write and "Tensor" in str(argument.type):
                 written[position] = argument.name
-        tags = _tags(name, schema.overload_name)
-        if torch.Tag.inplace_view in tags:
+        if torch.Tag.inplace_view in _tags(name, schema.overload_name):
             return None
-        repeatable = repeatable and torch.Tag.nondeterministic_seeded not in tags
     return Writer(
-        name, tuple(sorted(written.items())) or ((0, "self"),), name not in _MOVE_NO_COUNTER, repeatable
+        name,
+        tuple(sorted(written.items())) or ((0, "self"),),
+        moves_counter=name not in _MOVE_NO_COUNTER,
+        calls_back=name in _CALL_BACK,
     )
 
 
@@ -220,10 +209,11 @@ def writer_of_operator(operator: Any) -> Writer | None:
     """
     schema = getattr(operator, "_schema", None)
     if schema is None:
-        default = getattr(operator, "default", None)  # a packet: its overloads mutate the same arguments
-        schema = getattr(default, "_schema", None)
-        if schema is None:
+        overloads = operator.overloads() if hasattr(operator, "overloads") else []
+        if not overloads:
             return None
+        operator = getattr(operator, overloads[0])  # the overloads of a packet mutate the same arguments
+        schema = operator._schema
     written = tuple(
         (position, argument.name)
         for position, argument in enumerate(schema.arguments)
@@ -232,16 +222,13 @@ def writer_of_operator(operator: Any) -> Writer | None:
     name = str(schema.name).rpartition("::")[2]
     if not written or name in _METADATA_ONLY:
         return None
-    tags = getattr(operator, "tags", ())
-    if torch.Tag.inplace_view in tags:
+    if torch.Tag.inplace_view in getattr(operator, "tags", ()):
         return None
-    return Writer(
-        name,
-        written,
-        name not in _MOVE_NO_COUNTER,
-        name not in _NOT_REPEATABLE and torch.Tag.nondeterministic_seeded not in tags,
-    )
+    return Writer(name, written, name not in _MOVE_NO_COUNTER)
 
 
 #: ``out=``: whatever the function is, this is what it writes to.
 OUT = Writer("out=", written=((10**6, "out"),))
+
+#: ``nn.init.eye_`` writes by ``out=``, which no patch sees.
+EYE = Writer("eye_", written=((0, "tensor"),))

@@ -32,6 +32,10 @@ from torchguard._writers import Writer
 _TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
 
 
+class _Done(Exception):
+    """The call has been made already, on its rehearsal."""
+
+
 @dataclass
 class _Hit:
     """A live save that a write would silently touch, and how many of its elements."""
@@ -63,20 +67,12 @@ def carry_out(
         return call(*args, **kwargs)
     watched: list[int] = []
     hits: list[_Hit] = []
-    for target in writer.targets(args, kwargs):
-        storage = _memory.storage_of(target)
-        if not storage:
-            continue
-        saves = saves_near(target, storage)
-        if not saves:
-            continue  # an alias's counter matters to live saves only
-        if storage in ALIASES.by_storage or storage in ALIASES.young:
-            ALIASES.sync(storage, saves)
-            watched.append(storage)
-        hits += [_Hit(save, target) for save in saves if _is_silent(writer, target, save)]
-        del saves
+    with _torch.no_torch_function():
+        _look(writer, args, kwargs, watched, hits)
     if hits:
         error = _verdict(writer, call, args, kwargs, hits)
+        if isinstance(error, _Done):
+            return args[0]
         if error is not None:
             try:
                 raise error
@@ -92,13 +88,29 @@ def carry_out(
             ALIASES.settle(storage)
 
 
+def _look(
+    writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watched: list[int], hits: list[_Hit]
+) -> None:
+    """Find the storages whose aliases' counters will move, and the saves that a silent write would hit."""
+    for target in writer.targets(args, kwargs):
+        storage = _memory.storage_of(target)
+        if not storage:
+            continue
+        saves = saves_near(target, storage)
+        if not saves:
+            continue  # an alias's counter matters to live saves only
+        if storage in ALIASES.by_storage or storage in ALIASES.young:
+            ALIASES.sync(storage, saves)
+            watched.append(storage)
+        hits += [_Hit(save, target) for save in saves if _is_silent(writer, target, save)]
+
+
 def _is_silent(writer: Writer, target: torch.Tensor, save: Save) -> bool:
     """Whether the call may write to the save's memory without moving the save's version."""
     if save.moved:
         return False  # PyTorch refuses this save already
-    with _torch.no_torch_function():
-        if target.requires_grad and target.is_leaf and torch.is_grad_enabled() and writer.moves_counter:
-            return False  # PyTorch refuses the call
+    if target.requires_grad and target.is_leaf and torch.is_grad_enabled() and writer.moves_counter:
+        return False  # PyTorch refuses the call
     there = _memory.span_of(target)
     here = _memory.span_of(save.tensor)
     if there is None or here is None or overlaps(there, here) is False:
@@ -116,7 +128,7 @@ def _verdict(
     """
     try:
         _answer(writer, call, args, kwargs, hits)
-    except (SavedTensorCorruptionError, SavedTensorCorruptionWarning) as error:
+    except (SavedTensorCorruptionError, SavedTensorCorruptionWarning, _Done) as error:
         hits.clear()
         return error.with_traceback(None)
     return None
@@ -137,19 +149,27 @@ def _answer(
         return
     here = _places.user_instruction(frame)
     corrupted = []
-    for hit in hits:
-        span = _memory.span_of(hit.save.tensor)
-        if span is None:
-            continue
-        mask, address = changes[id(hit.target)]
-        hit.elements = _memory.touched_elements(mask, address, span)
-        if hit.elements:
-            corrupted.append(hit)
+    with _torch.hidden():
+        for hit in hits:
+            span = _memory.span_of(hit.save.tensor)
+            rehearsal = changes[id(hit.target)]
+            if span is not None:
+                hit.elements = _memory.touched_elements(rehearsal.mask, rehearsal.address, span)
+            if hit.elements:
+                corrupted.append(hit)
     for hit in corrupted:
         shared = not writer.moves_counter and _memory.shares_counter(hit.target, hit.save.tensor)
         report(hit.save, "uncounted" if shared else "write", writer.title, here, hit.elements, hit.target)
     for hit in corrupted:
         hit.save.remark().settled = True
+    if writer.calls_back:
+        # The user's function has run, on the copy: put down what it made instead of running it again.
+        with _torch.hidden():
+            for target in writer.targets(args, kwargs):
+                rehearsal = changes[id(target)]
+                if rehearsal.memory is not None:
+                    _memory.overwrite(target, rehearsal.memory)
+        raise _Done
 
 
 def report(
@@ -188,48 +208,48 @@ def _let_bytes_decide(saves: Sequence[Save]) -> None:
         save.remark().compare = True
 
 
-_Changes = Mapping[int, tuple[torch.Tensor, int]]
+@dataclass
+class _Rehearsal:
+    """What a call did to a copy of the memory of one of its targets.
+
+    Attributes:
+        mask: which bytes of the target's memory, from first to last, it changes.
+        address: where the first of these bytes lies.
+        memory: the copy, after the call; None where it was not rehearsed.
+    """
+
+    mask: torch.Tensor
+    address: int
+    memory: torch.Tensor | None
 
 
 def _rehearse(
     writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> _Changes:
-    """Which bytes the call changes: for each written tensor (by id) a mask and the address of the mask's
-    first byte.
-    """
+) -> dict[int, _Rehearsal]:
+    """What the call changes, for each tensor that it writes to (by id)."""
     targets = writer.targets(args, kwargs)
-    with torch.no_grad(), _torch.no_torch_function():
-        if not writer.repeatable or any(not _can_rehearse(target) for target in targets):
-            return {id(target): _everything(target) for target in targets}
+    with _torch.hidden(), _memory.same_random_numbers(targets, kwargs.get("generator")):
+        if any(target.is_conj() or target.is_neg() or target.is_quantized for target in targets):
+            # The copy would not be such a tensor: count every element that the call is given.
+            return {
+                id(target): _Rehearsal(_memory.reach(target), _address(target), None) for target in targets
+            }
         copies, memories = {}, {}
         for target in targets:
             copies[id(target)], memories[id(target)] = _memory.replica_of(target)
         new_args, new_kwargs = writer.substituted(args, kwargs, copies)
         call(*new_args, **new_kwargs)
         return {
-            id(target): (_memory.changed_bytes(target, memories[id(target)]), _address(target))
+            id(target): _Rehearsal(
+                _memory.changed_bytes(target, memories[id(target)]), _address(target), memories[id(target)]
+            )
             for target in targets
         }
-
-
-def _can_rehearse(target: torch.Tensor) -> bool:
-    return (
-        type(target) in _memory.PLAIN_TYPES
-        and not target.is_conj()
-        and not target.is_neg()
-        and not target.is_quantized
-        and not _torch.dispatch_mode_depth()
-    )
 
 
 def _address(target: torch.Tensor) -> int:
     span = _memory.span_of(target)
     return 0 if span is None else span.address
-
-
-def _everything(target: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The mask of a call that may change every element of its target."""
-    return _memory.reach(target), _address(target)
 
 
 # ---- x.data = y --------------------------------------------------------------------------------------------
@@ -245,6 +265,7 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
         SavedTensorCorruptionError: by the innermost guard, before anything has changed.
     """
     saves = _saves_of(tensor)
+    frame = sys._getframe(1)
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
         error = None if _same(tensor, value) else _rebind_verdict(tensor, saves)
         if error is not None:
@@ -263,7 +284,7 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     else:
         setter(tensor, value)
     if isinstance(value, torch.Tensor) and type(value) in _memory.PLAIN_TYPES:
-        enter_alias(value, sys._getframe(1), _memory.version_of(value))
+        enter_alias(value, frame, _memory.version_of(value))
 
 
 def _saves_of(tensor: torch.Tensor) -> list[Save]:
@@ -292,7 +313,7 @@ def _rebind_verdict(tensor: torch.Tensor, saves: list[Save]) -> Exception | None
 
 def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: torch.Tensor) -> bool:
     try:
-        with _torch.no_torch_function():
+        with _torch.hidden():
             setter(tensor.detach(), value)
     except (RuntimeError, TypeError):
         return False  # PyTorch refuses it, and says so itself in a moment
@@ -301,7 +322,7 @@ def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, 
 
 def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether backward would see the same values in ``value``."""
-    with torch.no_grad(), _torch.no_torch_function():
+    with _torch.hidden():
         if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
             return False
         if (span := _memory.span_of(tensor)) is not None and span == _memory.span_of(value):
