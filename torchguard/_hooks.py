@@ -28,8 +28,23 @@ class _Lifted(threading.local):
 _lifted = _Lifted()
 
 
+#: Pairs whose guard was left in another thread than it was entered in, by the thread that has them still.
+_stale: dict[int, list[Hooks]] = {}
+
+
+def abandon(pair: Hooks, thread: int) -> None:
+    """A guard is left in another thread: its pair goes when a guard is entered or left in the pair's own."""
+    _stale.setdefault(thread, []).append(pair)
+
+
+def _clear_stale() -> None:
+    for pair in _stale.pop(threading.get_ident(), []):
+        remove(pair)
+
+
 def push() -> Hooks:
     """Push a new pair of hooks onto this thread's stack, and return it."""
+    _clear_stale()
     pair = (make_pack(), _unpack)
     _ours.add(id(pair[0]))
     if _torch.hooks_enabled():
@@ -42,6 +57,7 @@ def push() -> Hooks:
 
 def remove(pair: Hooks) -> None:
     """Take a pair off this thread's stack, wherever it lies on it."""
+    _clear_stale()
     if _torch.hooks_enabled() and _torch.remove_hooks(pair) >= 0:
         _ours.discard(id(pair[0]))
         return
@@ -129,9 +145,16 @@ def start_thread(
     if not guards:
         return original(*args, **kwargs)
     run = thread.run
+    own = thread.__dict__.get("run")
+
+    def put_back() -> None:
+        if own is None:
+            thread.__dict__.pop("run", None)
+        else:
+            thread.__dict__["run"] = own
 
     def run_guarded() -> None:
-        thread.__dict__.pop("run", None)
+        put_back()
         _policy.adopt(guards)
         pair = push()
         try:
@@ -144,5 +167,5 @@ def start_thread(
     try:
         return original(*args, **kwargs)
     except BaseException:
-        thread.__dict__.pop("run", None)
+        put_back()
         raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import os
 import sys
 import threading
 import types
@@ -69,7 +70,7 @@ _override = Override()
 class _Copied:
     """Copies, deep-copies, pickles and prints as the function that is wrapped.
 
-    A module that holds ``torch.relu_`` as an attribute is copied and saved as ever, under the guard and after.
+    A module that holds ``torch.relu_`` as an attribute is copied and saved as ever, guarded or not.
     """
 
     __wrapped__: Any
@@ -189,6 +190,9 @@ class _Patch:
         setattr(self.owner, self.name, self.replacement)
 
     def restore(self) -> None:
+        """Undo :meth:`install`, or what an interrupt left of it."""
+        if vars(self.owner).get(self.name) is not self.replacement:
+            return
         if self.inherited:
             delattr(self.owner, self.name)
         else:
@@ -345,10 +349,27 @@ def _prepare() -> list[_Patch]:
     return patches
 
 
+def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
+    """The wrappers that TorchScript has to take for an operator, and the operator's name."""
+    wrappers = {id(patch.replacement): patch.replacement for patch in patches}
+    for patch in patches:
+        if isinstance(patch.replacement, types.ModuleType):
+            wrappers.update((id(value), value) for value in vars(patch.replacement).values())
+    names = [
+        (wrapper, _torch.script_name(wrapper.__wrapped__))
+        for wrapper in wrappers.values()
+        if isinstance(wrapper, _Routed)
+    ]
+    return [(wrapper, name) for wrapper, name in names if name is not None]
+
+
 _patches: list[_Patch] = []
 _script_names: list[tuple[Any, str]] = []
 _installed = 0
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A child must not be forked while another thread is half-way through the patches.
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def install() -> None:
@@ -357,16 +378,16 @@ def install() -> None:
     with _lock:
         if _installed == 0:
             if not _patches:
-                _patches.extend(_prepare())
-            done: list[_Patch] = []
+                prepared = _prepare()
+                _script_names.extend(_scripted(prepared))
+                _patches.extend(prepared)
             try:
                 for patch in _patches:
                     patch.install()
-                    done.append(patch)
-                _enter_script_names()
+                for wrapper, name in _script_names:
+                    _torch.enter_script_name(wrapper, name)
             except BaseException:
-                for patch in reversed(done):
-                    patch.restore()
+                _restore()
                 raise
         _installed += 1
 
@@ -377,21 +398,14 @@ def uninstall() -> None:
     with _lock:
         _installed -= 1
         if _installed == 0:
-            for wrapper, _ in _script_names:
-                _torch.remove_script_name(wrapper)
-            for patch in reversed(_patches):
-                patch.restore()
+            _restore()
 
 
-def _enter_script_names() -> None:
-    if not _script_names:
-        for patch in _patches:
-            if isinstance(patch.replacement, _Routed):
-                name = _torch.script_name(patch.replacement.__wrapped__)
-                if name is not None:
-                    _script_names.append((patch.replacement, name))
-    for wrapper, name in _script_names:
-        _torch.enter_script_name(wrapper, name)
+def _restore() -> None:
+    for wrapper, _ in _script_names:
+        _torch.remove_script_name(wrapper)
+    for patch in reversed(_patches):
+        patch.restore()
 
 
 def push_mode() -> Override:

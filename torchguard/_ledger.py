@@ -58,11 +58,12 @@ class Ledger(Generic[E]):
         self._sweep_at = _SLACK
         self._lock = threading.RLock()
         if hasattr(os, "register_at_fork"):
-            # A lock that another thread held at the fork would never be released in the child.
-            os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.RLock()
+            # No thread but the forking one is in the child: nobody else may be in the middle of something.
+            os.register_at_fork(
+                before=self._lock.acquire,
+                after_in_parent=self._lock.release,
+                after_in_child=self._lock.release,
+            )
 
     def add(self, entry: E) -> None:
         """Enter a save. (The pack hook appends to ``pending`` itself.)"""
@@ -191,7 +192,9 @@ class Ledger(Generic[E]):
                 near: Iterator[int] = iter(self._map.find(low, high))
             else:
                 near = (
-                    key for key, (start, end, _) in list(self.foreign.items()) if start < high and low < end
+                    key
+                    for key, (start, end, _) in list(self.foreign.items())
+                    if low < end and start < high and start < end and low < high
                 )
             return [entry for key in near if key != storage for entry in self.in_storage(key)]
 

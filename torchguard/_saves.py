@@ -141,8 +141,6 @@ def is_foreign(tensor: torch.Tensor) -> bool:
 
 def _is_foreign(save: Save) -> bool:
     try:
-        if save.remarks is None:
-            return not save.tensor.untyped_storage().resizable()
         return is_foreign(save.tensor)
     except _memory.NO_MEMORY:
         return False
@@ -253,6 +251,7 @@ def _may_be_output(tensor: torch.Tensor, grad_fn: Any, frame: Any) -> bool:
     Its forward can have recorded a graph, and then its node is not the newest. What it was given is an input.
     """
     local = frame.f_locals
-    if any(argument is tensor for argument in local.get("args", ())):
+    given = local.get("args", ())
+    if any(one is tensor for item in given for one in (item if isinstance(item, (list, tuple)) else (item,))):
         return False
     return type(grad_fn) is _torch.node_class_of(local.get("cls"))

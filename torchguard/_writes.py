@@ -109,7 +109,7 @@ def _is_silent(writer: Writer, target: torch.Tensor, save: Save) -> bool:
     """Whether the call may write to the save's memory without moving the save's version."""
     if save.moved:
         return False  # PyTorch refuses this save already
-    if target.requires_grad and target.is_leaf and torch.is_grad_enabled() and writer.moves_counter:
+    if target.requires_grad and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled())):
         return False  # PyTorch refuses the call
     there = _memory.span_of(target)
     here = _memory.span_of(save.tensor)

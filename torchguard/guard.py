@@ -6,12 +6,12 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
-from torchguard import _hooks, _intercept, _policy, _torch
+from torchguard import _hooks, _intercept, _policy, _reads, _torch
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,6 +41,15 @@ class _Block:
                     return await function(*args, **kwargs)
 
             return cast("F", run_coroutine)
+        if inspect.isasyncgenfunction(function):
+
+            @functools.wraps(function)
+            async def run_asynchronous_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+                with self._fresh():
+                    async for value in function(*args, **kwargs):
+                        yield value
+
+            return cast("F", run_asynchronous_generator)
         if inspect.isgeneratorfunction(function):
 
             @functools.wraps(function)
@@ -128,7 +137,11 @@ class Guard(_Block):
         return f"<torchguard.Guard action={self.action!r}, {self._state}, {len(self._violations)} violations>"
 
     def _fresh(self) -> Guard:
-        return Guard(self.action, self.at, self.depth, self.every_call)
+        guard = Guard(self.action, self.at, self.depth, self.every_call)
+        # What the calls of a decorated function find is found by the guard that decorates it.
+        guard._violations, guard._allowed, guard._unwatched = self._violations, self._allowed, self._unwatched
+        guard._lock = self._lock
+        return guard
 
     # ---- entering and leaving
 
@@ -138,6 +151,7 @@ class Guard(_Block):
             raise RuntimeError(
                 f"torchguard: this guard {what}; make a new one for each block, with torchguard.strict() say"
             )
+        self._thread = threading.get_ident()
         _intercept.install()
         try:
             _policy.enter(self)
@@ -147,7 +161,6 @@ class Guard(_Block):
         except BaseException:
             self._leave()
             raise
-        self._thread = threading.get_ident()
         self._state = "entered"
         return self
 
@@ -164,7 +177,10 @@ class Guard(_Block):
             _intercept.remove_mode(self._mode)
             self._mode = None
         if self._pair is not None:
-            _hooks.remove(self._pair)
+            if self._thread == threading.get_ident():
+                _hooks.remove(self._pair)
+            else:
+                _hooks.abandon(self._pair, self._thread)
             self._pair = None
         _policy.leave(self)
         _intercept.uninstall()
@@ -276,12 +292,14 @@ class allow(_Block):
         return self
 
     def __enter__(self) -> allow:
+        _reads.look_for_unseen_writes()
         _policy.state.reasons.append(self.reason)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        _reads.look_for_unseen_writes(leaving=True)
         reasons = _policy.state.reasons
         for i in range(len(reasons) - 1, -1, -1):
             if reasons[i] is self.reason:
