@@ -30,10 +30,11 @@ _SLACK = 1024
 #: Dead aliases of one storage whose counter is still watched: a ``detach()`` of a dead alias could still
 #: write.
 _DEAD_KEPT = 64
-#: Saves up to this many bytes are copied when an alias could write to them unseen, so that the bytes decide
-#: at the read. Copying 16 KiB takes about 2 microseconds; a greater save would cost the program time it can
-#: feel.
-PROOF_BYTES = 16384
+#: Saves up to these many bytes are copied when an alias could write to them unseen, so that the bytes decide
+#: at the read: when an alias of a live save is taken (once a save, about 50 microseconds at the most), and
+#: when something is saved that has a living alias (at every save, 2 microseconds at the most).
+PROOF_BYTES_AT_ALIAS = 1 << 20
+PROOF_BYTES_AT_SAVE = 1 << 14
 
 #: The setter of ``Tensor.data``, taken before anything is patched.
 _set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -97,6 +98,8 @@ class Aliases:
         #: The latest alias of each storage, as long as nothing asks after it. Most are temporaries
         #: (``p.data.add_(...)``) and are dead when the next one comes.
         self.young: dict[int, tuple[ref[torch.Tensor], CodeType | None, int]] = {}
+        #: The live saves of a storage; the ledger's, once there is one.
+        self.live_saves: Callable[[int], list[Save]] = lambda storage: []
         self._sweep_at = _SLACK
         self._sweep_young_at = _SLACK
 
@@ -142,6 +145,7 @@ class Aliases:
         return record
 
     def _thin(self, storage: int) -> None:
+        self.sync(storage)  # what moved is put down to the saves before its record goes
         records = self.by_storage.get(storage, [])
         dead = [record for record in records if record() is None and record.counter is not None][-_DEAD_KEPT:]
         kept = [
@@ -154,12 +158,9 @@ class Aliases:
 
     def _sweep(self) -> None:
         for storage in list(self.by_storage):
-            records = self.by_storage[storage]
-            if all(record() is None for record in records):
-                # Nobody holds an alias; the storage itself may be gone and its identity be used again.
-                del self.by_storage[storage]
-            else:
-                self._thin(storage)
+            self._thin(storage)
+            if not self.live_saves(storage):
+                self.forget_dead(storage)
         self._sweep_at = 2 * len(self.by_storage) + _SLACK
 
     def forget_dead(self, storage: int) -> None:
@@ -171,6 +172,11 @@ class Aliases:
                 self.by_storage[storage] = kept
             else:
                 self.by_storage.pop(storage, None)
+
+    def forget_all_dead(self) -> None:
+        """No save is alive at all."""
+        for storage in list(self.by_storage):
+            self.forget_dead(storage)
 
     def arm(self, storage: int) -> bool:
         """A save is being made in this storage: watch the counters of the aliases that live. False if none
@@ -185,14 +191,14 @@ class Aliases:
                     record.arm(alias)
         return alive
 
-    def sync(self, storage: int, saves: Iterable[Save]) -> None:
+    def sync(self, storage: int, saves: Iterable[Save] | None = None) -> None:
         """Mark the saves that an unseen write may have touched, and expect from now on what is there now."""
         if storage in self.young:
             self._grow(storage)
         records = self.by_storage.get(storage)
         if records is None:
             return
-        saves = list(saves)
+        saves = self.live_saves(storage) if saves is None else list(saves)
         if not saves:
             self.forget_dead(storage)
             records = self.by_storage.get(storage, [])

@@ -80,15 +80,15 @@ def switch_off(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, A
         _torch.remove_hooks(top)
         lifted.append(top)
     try:
-        result = original(*args, **kwargs)
-    except BaseException:  # a user's pair is on the stack: refused, as without the guard
-        for pair in reversed(lifted):
-            _torch.push_hooks(pair)
-        raise
-    if lifted:
-        _policy.note_unwatched(_TORCH_FUNC)
-    _lifted.pairs.extend(lifted)
-    return result
+        # With a user's pair on the stack torch refuses, as without the guard, and is switched off all the same.
+        return original(*args, **kwargs)
+    finally:
+        if _torch.hooks_enabled():
+            for pair in reversed(lifted):
+                _torch.push_hooks(pair)
+        elif lifted:
+            _policy.note_unwatched(_TORCH_FUNC)
+            _lifted.pairs.extend(lifted)
 
 
 def switch_on(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

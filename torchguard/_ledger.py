@@ -42,11 +42,17 @@ class Ledger(Generic[E]):
         extent_of: tells where an entry's storage lies, or None where it has no memory. A storage is *foreign*
             when torch's own allocator did not make it (``from_numpy``, DLPack, a file): only those can
             overlap another storage.
+        is_foreign: the third item of the extent alone, where that is cheaper to tell.
+        on_empty: called when the last entry is gone.
     """
 
     def __init__(
-        self, extent_of: Callable[[E], Extent | None], is_foreign: Callable[[E], bool] | None = None
+        self,
+        extent_of: Callable[[E], Extent | None],
+        is_foreign: Callable[[E], bool] | None = None,
+        on_empty: Callable[[], None] | None = None,
     ) -> None:
+        self._on_empty = on_empty
         self._extent_of = extent_of
         self._is_foreign = is_foreign or self._extent_is_foreign
         self.pending: deque[ref[E]] = deque()
@@ -132,6 +138,8 @@ class Ledger(Generic[E]):
         if self._unmapped is not None:
             self._unmapped.discard(storage)
             self._map.discard(storage)
+        if not self.groups and self._on_empty is not None:
+            self._on_empty()
 
     def _sweep(self) -> None:
         for storage, group in list(self.groups.items()):

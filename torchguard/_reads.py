@@ -43,7 +43,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
         if save.tensor._version != save.version:
             _refuse(save)
         if save.storage in young or save.storage in aliases:
-            ALIASES.sync(save.storage, LEDGER.in_storage(save.storage))
+            ALIASES.sync(save.storage)
         if save.remarks is not None or (
             save.node is None and _memory.storage_of(save.tensor) != save.storage
         ):

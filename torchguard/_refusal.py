@@ -47,7 +47,7 @@ def refusal(tensor: torch.Tensor, expected: int, node: str | None, output: int) 
 
 def _native_message(tensor: torch.Tensor, expected: int) -> str:
     now = tensor._version
-    with _torch.without_hooks(), torch.enable_grad(), _torch.no_torch_function():
+    with _torch.unseen(), _torch.without_hooks(), torch.enable_grad():
         one = torch.ones((), requires_grad=True)
         _torch.set_version(tensor, expected)
         try:
@@ -71,7 +71,7 @@ _style: list[bool] = []
 def _as_torch_names(node: str) -> str:
     """``node`` as this torch names it in the message: ``ExpBackward0``, or ``Exp`` since 2.13."""
     if not _style:
-        with _torch.without_hooks(), torch.enable_grad(), _torch.no_torch_function():
+        with _torch.unseen(), _torch.without_hooks(), torch.enable_grad():
             result = torch.ones((), requires_grad=True).exp()
             saver: Any = result.grad_fn
             result.detach().add_(1)
@@ -85,7 +85,7 @@ _detached: list[str] = []
 def detached_refusal() -> RuntimeError:
     """PyTorch's error for a saved tensor that was detached in place."""
     if not _detached:
-        with _torch.without_hooks(), torch.enable_grad(), _torch.no_torch_function():
+        with _torch.unseen(), _torch.without_hooks(), torch.enable_grad():
             middle = torch.ones((), requires_grad=True) * 1
             saver: Any = (middle * middle).sum()
             middle.detach_()

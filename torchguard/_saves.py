@@ -11,6 +11,7 @@ now is the one created last in this thread.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from types import CodeType
@@ -20,7 +21,7 @@ from weakref import ref
 import torch
 
 from torchguard import _memory, _places, _policy, _torch
-from torchguard._aliases import ALIASES, PROOF_BYTES, AliasRecord
+from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._ledger import Extent, Ledger
 
 #: A node that is a custom Function may have made other nodes in its forward, which upsets the sequence
@@ -28,6 +29,9 @@ from torchguard._ledger import Extent, Ledger
 _APPLY_CODE = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 _FILE_AT = 4096
+
+#: With ``every_call`` an operation is called from the override: what called the override is its caller.
+_OVERRIDE_FILE = os.path.join(os.path.dirname(__file__), "_intercept.py")
 
 
 class Remarks:
@@ -158,7 +162,8 @@ def extent_of(tensor: torch.Tensor) -> Extent | None:
 
 
 #: The live saves of this process.
-LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign)
+LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_all_dead)
+ALIASES.live_saves = LEDGER.in_storage
 
 
 def make_pack() -> Callable[[torch.Tensor], Save]:
@@ -177,6 +182,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
     getframe = sys._getframe
     disabled = _torch.no_torch_function
     new = Save.__new__
+    override_file = _OVERRIDE_FILE
 
     def record(tensor: torch.Tensor, storage: int) -> Save:
         save = new(Save)  # attribute by attribute: half the time of a constructor with ten arguments
@@ -190,11 +196,16 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             save.code = save.inner_code = None
             save.offset = save.inner_offset = 0
         else:
-            code = save.inner_code = save.code = frame.f_code
-            save.inner_offset = save.offset = frame.f_lasti
+            code = save.code = frame.f_code
+            save.offset = frame.f_lasti
             if inside_library.get(code.co_filename) is not False:
+                while code.co_filename == override_file and frame.f_back is not None:
+                    frame = frame.f_back
+                    code = frame.f_code
                 found = user_instruction(frame)
                 save.code, save.offset = found if found is not None else (None, 0)
+            save.inner_code = code
+            save.inner_offset = frame.f_lasti
         grad_fn = tensor.grad_fn
         if grad_fn is not None and (
             grad_fn._sequence_nr() == (number := next_number()) - 1
@@ -212,9 +223,9 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
         if latest is not None and latest[0]() is None:
             young.pop(storage, None)  # a temporary of the last step
         if storage in young or storage in aliases:
-            ALIASES.sync(storage, LEDGER.in_storage(storage))
+            ALIASES.sync(storage)
             if ALIASES.arm(storage):
-                save.keep_proof(PROOF_BYTES)
+                save.keep_proof(PROOF_BYTES_AT_SAVE)
         append(ref(save))
         if len(pending) > _FILE_AT:
             file()

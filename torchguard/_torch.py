@@ -71,9 +71,16 @@ no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(
 
 
 @contextmanager
+def unseen() -> Iterator[None]:
+    """Do something with tensors of real memory that no user's mode and no subclass sees."""
+    with no_torch_function(), no_torch_dispatch():
+        yield
+
+
+@contextmanager
 def hidden() -> Iterator[None]:
-    """Do what the guard has to do with tensors of real memory: no user's mode, subclass or graph sees it."""
-    with torch.no_grad(), no_torch_function(), no_torch_dispatch():
+    """The same, and no graph records it: for all that the guard looks at and copies."""
+    with unseen(), torch.no_grad():
         yield
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from torchguard import _memory, _places, _policy, _torch
-from torchguard._aliases import ALIASES, PROOF_BYTES
+from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._overlap import overlaps
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
 from torchguard._violation import (
@@ -33,7 +33,7 @@ _TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py"
 
 
 class _Done(Exception):
-    """The call has been made already, on its rehearsal."""
+    """The call has been made already, on its rehearsal; ``args`` hold what it raised, if it did."""
 
 
 @dataclass
@@ -72,6 +72,8 @@ def carry_out(
     if hits:
         error = _verdict(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
+            if error.args:
+                raise error.args[0]
             return args[0]
         if error is not None:
             try:
@@ -167,9 +169,10 @@ def _answer(
         with _torch.hidden():
             for target in writer.targets(args, kwargs):
                 rehearsal = changes[id(target)]
-                if rehearsal.memory is not None:
-                    _memory.overwrite(target, rehearsal.memory)
-        raise _Done
+                if rehearsal.memory is None:
+                    return
+                _memory.overwrite(target, rehearsal.memory)
+        raise _Done(*[rehearsal.failure for rehearsal in changes.values() if rehearsal.failure is not None])
 
 
 def report(
@@ -216,11 +219,13 @@ class _Rehearsal:
         mask: which bytes of the target's memory, from first to last, it changes.
         address: where the first of these bytes lies.
         memory: the copy, after the call; None where it was not rehearsed.
+        failure: what the user's function raised, where the call calls one.
     """
 
     mask: torch.Tensor
     address: int
-    memory: torch.Tensor | None
+    memory: torch.Tensor | None = None
+    failure: Exception | None = None
 
 
 def _rehearse(
@@ -231,17 +236,24 @@ def _rehearse(
     with _torch.hidden(), _memory.same_random_numbers(targets, kwargs.get("generator")):
         if any(target.is_conj() or target.is_neg() or target.is_quantized for target in targets):
             # The copy would not be such a tensor: count every element that the call is given.
-            return {
-                id(target): _Rehearsal(_memory.reach(target), _address(target), None) for target in targets
-            }
+            return {id(target): _Rehearsal(_memory.reach(target), _address(target)) for target in targets}
         copies, memories = {}, {}
+        failure: Exception | None = None
         for target in targets:
             copies[id(target)], memories[id(target)] = _memory.replica_of(target)
         new_args, new_kwargs = writer.substituted(args, kwargs, copies)
-        call(*new_args, **new_kwargs)
+        try:
+            call(*new_args, **new_kwargs)
+        except Exception as error:
+            if not writer.calls_back:
+                raise
+            failure = error  # the user's function raised, half-way: so far the memory is written
         return {
             id(target): _Rehearsal(
-                _memory.changed_bytes(target, memories[id(target)]), _address(target), memories[id(target)]
+                _memory.changed_bytes(target, memories[id(target)]),
+                _address(target),
+                memories[id(target)],
+                failure,
             )
             for target in targets
         }
@@ -343,7 +355,7 @@ def enter_alias(alias: torch.Tensor, frame: Any, version: int = 0) -> None:
     if saves:
         record.arm(alias)
         for save in saves:
-            save.keep_proof(PROOF_BYTES)
+            save.keep_proof(PROOF_BYTES_AT_ALIAS)
 
 
 def detached_in_place(tensor: torch.Tensor) -> list[Save]:
