@@ -80,7 +80,7 @@ def switch_off(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, A
         _torch.remove_hooks(top)
         lifted.append(top)
     try:
-        # With a user's pair on the stack torch refuses, as without the guard, and is switched off all the same.
+        # With a user's pair on the stack torch refuses, as without the guard, and is off all the same.
         return original(*args, **kwargs)
     finally:
         if _torch.hooks_enabled():

@@ -19,7 +19,8 @@ PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 #: these.
 NO_MEMORY = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 
-#: The getter of ``Tensor.data``, taken before anything is patched.
+#: Taken before anything is patched: what the guard writes is not to be judged.
+_copy = torch.Tensor.copy_
 _get_data: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -113,8 +114,7 @@ def replica_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def overwrite(tensor: torch.Tensor, memory: torch.Tensor) -> None:
     """Put a copy's memory (see :func:`replica_of`) back into the elements; no version counter moves."""
-    uncounted = _get_data(tensor)
-    uncounted.copy_(memory.as_strided(tensor.shape, tensor.stride(), 0))
+    _copy(_get_data(tensor), memory.as_strided(tensor.shape, tensor.stride(), 0))
 
 
 @contextmanager

@@ -87,6 +87,9 @@ def _refuse(save: Save) -> None:
     if save.version == DETACHED:
         raise _refusal.detached_refusal()
     node = None if save.node is None else save.node.__name__
+    view = save.remark().view
+    if view is not None and view() is None:
+        node = _torch.reading_node() or node
     raise _refusal.refusal(save.tensor, save.version, node, save.output)
 
 

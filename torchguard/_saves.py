@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from itertools import islice
 from types import CodeType
 from typing import Any
 from weakref import ref
@@ -30,6 +31,9 @@ _APPLY_CODE = getattr(getattr(torch.autograd.Function.apply, "__func__", None), 
 
 _FILE_AT = 4096
 
+#: The type of node that a view has once it was written in place.
+_VIEW_NODE = type(torch.ones(1, requires_grad=True).as_strided((1,), (1,)).grad_fn)
+
 #: With ``every_call`` an operation is called from the override: what called the override is its caller.
 _OVERRIDE_FILE = os.path.join(os.path.dirname(__file__), "_intercept.py")
 
@@ -37,7 +41,7 @@ _OVERRIDE_FILE = os.path.join(os.path.dirname(__file__), "_intercept.py")
 class Remarks:
     """What is known of the few saves about which there is something to say."""
 
-    __slots__ = ("compare", "proof", "settled", "suspect")
+    __slots__ = ("compare", "proof", "settled", "suspect", "view")
 
     def __init__(self) -> None:
         #: The alias whose counter moved without a write that the guard saw.
@@ -48,6 +52,9 @@ class Remarks:
         self.compare = False
         #: Whether a violation has been answered already: one save is reported once.
         self.settled = False
+        #: Where the output is a view that was written in place, a weak hold on it: PyTorch names its node in a
+        #: refusal while it lives, and the node that reads once it is gone.
+        self.view: ref[torch.Tensor] | None = None
 
 
 class Save:
@@ -183,6 +190,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
     disabled = _torch.no_torch_function
     new = Save.__new__
     override_file = _OVERRIDE_FILE
+    view_node = _VIEW_NODE
 
     def record(tensor: torch.Tensor, storage: int) -> Save:
         save = new(Save)  # attribute by attribute: half the time of a constructor with ten arguments
@@ -212,9 +220,17 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             or number < 0  # this torch does not tell: never risk a cycle
             or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
         ):
-            save.node = type(grad_fn)
+            node = save.node = type(grad_fn)
             save.output = tensor.output_nr
             save.tensor = tensor.detach()
+            if node is view_node:
+                save.remark().view = ref(tensor)
+            try:
+                before = pending[-1]()
+            except IndexError:
+                before = None
+            if before is not None and before.node is None and before.inner_offset == save.inner_offset:
+                _mend_foreach(node, grad_fn._sequence_nr(), save.inner_code)
         else:
             save.node = None
             save.output = 0
@@ -254,6 +270,34 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
         return record_exotic(tensor)
 
     return pack
+
+
+def _latest(most: int) -> list[ref[Save]]:
+    """The latest saves that are not filed yet, newest first."""
+    try:
+        return list(islice(reversed(LEDGER.pending), most))
+    except RuntimeError:  # another thread saves or files
+        return []
+
+
+def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
+    """A ``_foreach_`` operator makes all its nodes before it saves: only its last output was told as one.
+
+    Going back from there, what one instruction saved, of one type of node, with numbers that run without a
+    gap, are outputs as well. (``h = h.cumprod(0)`` in a loop, which saves its input and its output, looks the
+    same: its input is then kept as an alias, and ``h.data = y`` on it is not reported.)
+    """
+    for item in _latest(1024):
+        save = item()
+        if save is None or save.node is not None or save.inner_code is not code:
+            return
+        grad_fn: Any = save.tensor.grad_fn
+        number -= 1
+        if not isinstance(grad_fn, node) or _torch.sequence_number(grad_fn) != number:
+            return
+        save.node = node
+        save.output = save.tensor.output_nr
+        save.tensor = save.tensor.detach()
 
 
 def _may_be_output(tensor: torch.Tensor, grad_fn: Any, frame: Any) -> bool:

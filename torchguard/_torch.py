@@ -107,6 +107,13 @@ def remove_function_mode(mode: Any) -> None:
 # The public saved_tensors_hooks pops by position; a guard that leaves out of order must find its own pair.
 
 next_sequence_number: Callable[[], int] = getattr(_autograd, "_get_sequence_nr", lambda: -1)
+
+
+def sequence_number(node: Any) -> int:
+    """The place of a node in the order in which this thread made them."""
+    return int(node._sequence_nr())
+
+
 _push = _autograd._push_saved_tensors_default_hooks
 _pop = _autograd._pop_saved_tensors_default_hooks
 _top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
@@ -206,6 +213,12 @@ def schemas_of(name: str) -> list[Any]:
     """Schemas of the overloads of ``aten::name``; empty where there is no such operator."""
     find = getattr(_C, "_jit_get_schemas_for_operator", None)
     return list(find(f"aten::{name}")) if find is not None else []
+
+
+def reading_node() -> str | None:
+    """Name of the node that backward runs in this thread right now."""
+    current = getattr(_C, "_current_autograd_node", lambda: None)()
+    return None if current is None else str(current.name())
 
 
 def node_class_of(function: Any) -> Any:
