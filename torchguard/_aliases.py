@@ -84,7 +84,7 @@ class AliasRecord(ref[torch.Tensor]):
     def version(self) -> int:
         """The counter's present value; the expected one where the alias is gone unwatched."""
         if self.counter is not None:
-            return self.counter._version
+            return _memory.version_of(self.counter)
         alias = self()
         version = -1 if alias is None else _memory.version_of(alias)
         return self.expected if version < 0 else version

@@ -34,6 +34,9 @@ state = _ThreadState()
 #: Guards that are entered and not yet left, of all threads, oldest first.
 entered: list[Respondent] = []
 
+#: The list of its thread that each of them stands in: a guard can be left in another thread.
+_homes: dict[int, list[Respondent]] = {}
+
 
 def innermost() -> Respondent | None:
     """The guard that answers for this thread: its own innermost one, else the one entered last anywhere.
@@ -51,14 +54,16 @@ def enter(guard: Respondent) -> None:
     """Make ``guard`` the innermost one of this thread."""
     entered.append(guard)
     state.guards.append(guard)
+    _homes[id(guard)] = state.guards
 
 
 def leave(guard: Respondent) -> None:
     """Take ``guard`` out, wherever in the order it stands."""
     if guard in entered:
         entered.remove(guard)
-    if guard in state.guards:
-        state.guards.remove(guard)
+    home = _homes.pop(id(guard), [])
+    if guard in home:
+        home.remove(guard)
 
 
 def answer(describe: Callable[[str | None], Violation]) -> None:

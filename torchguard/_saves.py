@@ -35,7 +35,7 @@ _FILE_AT = 4096
 _VIEW_NODE = type(torch.ones(1, requires_grad=True).as_strided((1,), (1,)).grad_fn)
 
 #: With ``every_call`` an operation is called from the override: what called the override is its caller.
-_OVERRIDE_FILE = os.path.join(os.path.dirname(__file__), "_intercept.py")
+_OWN_FILES = frozenset({__file__, os.path.join(os.path.dirname(__file__), "_intercept.py")})
 
 
 class Remarks:
@@ -52,8 +52,8 @@ class Remarks:
         self.compare = False
         #: Whether a violation has been answered already: one save is reported once.
         self.settled = False
-        #: Where the output is a view that was written in place, a weak hold on it: PyTorch names its node in a
-        #: refusal while it lives, and the node that reads once it is gone.
+        #: Where the output is a view that was written in place, a weak hold on it: PyTorch names its node in
+        #: a refusal while it lives, and the node that reads once it is gone.
         self.view: ref[torch.Tensor] | None = None
 
 
@@ -189,7 +189,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
     getframe = sys._getframe
     disabled = _torch.no_torch_function
     new = Save.__new__
-    override_file = _OVERRIDE_FILE
+    own_files = _OWN_FILES
     view_node = _VIEW_NODE
 
     def record(tensor: torch.Tensor, storage: int) -> Save:
@@ -207,7 +207,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             code = save.code = frame.f_code
             save.offset = frame.f_lasti
             if inside_library.get(code.co_filename) is not False:
-                while code.co_filename == override_file and frame.f_back is not None:
+                while code.co_filename in own_files and frame.f_back is not None:
                     frame = frame.f_back
                     code = frame.f_code
                 found = user_instruction(frame)

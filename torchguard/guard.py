@@ -7,11 +7,11 @@ import inspect
 import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
-from torchguard import _hooks, _intercept, _policy, _reads, _torch
+from torchguard import _hooks, _intercept, _policy, _reads
+from torchguard._findings import Findings
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -124,23 +124,18 @@ class Guard(_Block):
         self.at = at
         self.depth = depth
         self.every_call = every_call
-        self._violations: dict[Any, list[Any]] = {}
-        self._allowed: dict[Any, list[Any]] = {}
-        self._unwatched: dict[str, None] = dict.fromkeys(_torch.missing())
-        self._lock = threading.Lock()
+        self.findings = Findings()
         self._state: Literal["new", "entered", "left"] = "new"
         self._pair: Any = None
         self._mode: Any = None
         self._thread = 0
 
     def __repr__(self) -> str:
-        return f"<torchguard.Guard action={self.action!r}, {self._state}, {len(self._violations)} violations>"
+        return f"<torchguard.Guard action={self.action!r}, {self._state}, {len(self.violations)} violations>"
 
     def _fresh(self) -> Guard:
         guard = Guard(self.action, self.at, self.depth, self.every_call)
-        # What the calls of a decorated function find is found by the guard that decorates it.
-        guard._violations, guard._allowed, guard._unwatched = self._violations, self._allowed, self._unwatched
-        guard._lock = self._lock
+        guard.findings = self.findings  # what the calls of a decorated function find, the decorator knows
         return guard
 
     # ---- entering and leaving
@@ -190,35 +185,23 @@ class Guard(_Block):
     @property
     def violations(self) -> list[Violation]:
         """The violations so far, one a site, in the order in which they were first seen."""
-        return self._counted(self._violations)
+        return self.findings.violations()
 
     @property
     def allowed(self) -> list[Violation]:
         """The writes that an :func:`allow` block permitted, one a site, each with its reason."""
-        return self._counted(self._allowed)
+        return self.findings.allowed()
 
     @property
     def unwatched(self) -> list[str]:
         """What this build of torch, or this program, keeps out of the guard's sight, and why."""
-        with self._lock:
-            return list(self._unwatched)
-
-    def _counted(self, sites: dict[Any, list[Any]]) -> list[Violation]:
-        with self._lock:
-            return [replace(violation, times=times) for violation, times in sites.values()]
-
-    def _keep(self, violation: Violation, sites: dict[Any, list[Any]]) -> bool:
-        """Keep a violation; False if its site is known."""
-        with self._lock:
-            entry = sites.setdefault((violation.site, violation.allowed), [violation, 0])
-            entry[1] += 1
-            return bool(entry[1] == 1)
+        return self.findings.unwatched()
 
     # ---- what the policy calls
 
     def respond(self, violation: Violation) -> None:
         """Raise, warn or record. (Called by torchguard.)"""
-        new = self._keep(violation, self._violations)
+        new = self.findings.keep(violation)
         if self.action == "raise":
             raise SavedTensorCorruptionError(violation)
         if self.action == "warn" and new:
@@ -232,12 +215,11 @@ class Guard(_Block):
 
     def record_allowed(self, violation: Violation) -> None:
         """Keep a violation that is allowed. (Called by torchguard.)"""
-        self._keep(violation, self._allowed)
+        self.findings.keep(violation)
 
     def note_unwatched(self, what: str) -> None:
         """Keep what is out of sight. (Called by torchguard.)"""
-        with self._lock:
-            self._unwatched.setdefault(what)
+        self.findings.note_unwatched(what)
 
 
 def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
