@@ -54,9 +54,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS), metavar="WORKLOAD"
+        "workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all of them"
     )
     options = parser.parse_args()
+    unknown = [name for name in options.workloads if name not in WORKLOADS]
+    if unknown:
+        parser.error(f"no workload {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
     torch.set_num_threads(1)
     name = (
         torch.cuda.get_device_name()
@@ -67,7 +70,7 @@ def main() -> None:
     modes = [mode for mode in MODES if mode != "bare"]
     print("| workload | bare, µs | " + " | ".join(modes) + " | noise |")
     print("|---" * (len(modes) + 3) + "|")
-    for workload in options.workloads:
+    for workload in options.workloads or WORKLOADS:
         best = measure(workload, options.device, options.rounds)
         bare = min(best["bare"], best["bare again"])
         noise = abs(best["bare again"] / best["bare"] - 1)
