@@ -26,7 +26,8 @@ from torchguard._places import Instruction
 if TYPE_CHECKING:
     from torchguard._saves import Save
 
-_SLACK = 1024
+_SLACK = 8
+_YOUNG_SLACK = 1024
 #: Dead aliases of one storage whose counter is still watched: a ``detach()`` of a dead alias could still
 #: write.
 _DEAD_KEPT = 64
@@ -101,7 +102,7 @@ class Aliases:
         #: The live saves of a storage; the ledger's, once there is one.
         self.live_saves: Callable[[int], list[Save]] = lambda storage: []
         self._sweep_at = _SLACK
-        self._sweep_young_at = _SLACK
+        self._sweep_young_at = _YOUNG_SLACK
 
     def enter_young(self, alias: torch.Tensor, storage: int, code: CodeType | None, offset: int) -> None:
         """Take down a fresh alias (at version 0) of a storage in which no live save lies."""
@@ -113,7 +114,7 @@ class Aliases:
         if len(young) > self._sweep_young_at:
             for key in [key for key, entry in list(young.items()) if entry[0]() is None]:
                 young.pop(key, None)
-            self._sweep_young_at = 2 * len(young) + _SLACK
+            self._sweep_young_at = 2 * len(young) + _YOUNG_SLACK
 
     def _grow(self, storage: int) -> None:
         entry = self.young.pop(storage, None)

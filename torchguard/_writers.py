@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,14 @@ _MOVE_NO_COUNTER = frozenset(
         "_fused_adamw_",
         "_fused_sgd_",
         "_sobol_engine_ff_",
-        "_sobol_engine_initialize_state_",
         "_sobol_engine_scramble_",
+        "_amp_foreach_non_finite_check_and_unscale_",
         "_fill_mem_eff_dropout_mask_",
     }
 )
+
+#: Arguments whose counter stays where it was although that of the others moves.
+_ARGUMENTS_NOT_COUNTED = {"rrelu_with_noise_": frozenset({"noise"})}
 
 #: These change what a tensor is, not what is in its memory (most such operators carry the tag
 #: ``inplace_view``).
@@ -98,6 +101,16 @@ class Writer:
         """The name as a report shows it."""
         return _TITLES.get(self.name, f"{self.name}()")
 
+    def counts(self, target: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the version counter of ``target`` moves in a call with these arguments."""
+        if not self.moves_counter:
+            return False
+        exempt = _ARGUMENTS_NOT_COUNTED.get(self.name)
+        if exempt is None:
+            return True
+        rest = replace(self, written=tuple(entry for entry in self.written if entry[1] not in exempt))
+        return any(other is target for other in rest.targets(args, kwargs))
+
     def targets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors that a call with these arguments writes to."""
         found: list[torch.Tensor] = []
@@ -125,6 +138,9 @@ class Writer:
             {name: copy(value) if name in keywords else value for name, value in kwargs.items()},
         )
 
+
+#: The position of an argument that is passed by keyword only.
+_NO_POSITION = 10**6
 
 _TITLES = {
     "__setitem__": "x[i] = v",
@@ -207,28 +223,26 @@ def writer_of_operator(operator: Any) -> Writer | None:
     """What a ``torch.ops`` operator writes to, by its schema; None where it writes to nothing or does not
     say.
     """
-    schema = getattr(operator, "_schema", None)
-    if schema is None:
-        overloads = operator.overloads() if hasattr(operator, "overloads") else []
-        if not overloads:
-            return None
-        operator = getattr(operator, overloads[0])  # the overloads of a packet mutate the same arguments
-        schema = operator._schema
-    written = tuple(
-        (position, argument.name)
-        for position, argument in enumerate(schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-    name = str(schema.name).rpartition("::")[2]
-    if not written or name in _METADATA_ONLY:
+    # Which overload of a packet will be called is not known, but an ``out`` is told by its keyword (OUT).
+    packet = hasattr(operator, "overloads")
+    overloads = [getattr(operator, name) for name in operator.overloads()] if packet else [operator]
+    written: dict[str, int] = {}
+    for overload in overloads:
+        for position, argument in enumerate(overload._schema.arguments):
+            info = argument.alias_info
+            if info is not None and info.is_write and not (packet and argument.name == "out"):
+                written[argument.name] = position
+    if not written:
         return None
-    if torch.Tag.inplace_view in getattr(operator, "tags", ()):
+    name = str(overloads[0]._schema.name).rpartition("::")[2]
+    if name in _METADATA_ONLY or any(torch.Tag.inplace_view in overload.tags for overload in overloads):
         return None
-    return Writer(name, written, name not in _MOVE_NO_COUNTER)
+    places = tuple(sorted((position, argument) for argument, position in written.items()))
+    return Writer(name, places, name not in _MOVE_NO_COUNTER)
 
 
 #: ``out=``: whatever the function is, this is what it writes to.
-OUT = Writer("out=", written=((10**6, "out"),))
+OUT = Writer("out=", written=((_NO_POSITION, "out"),))
 
 #: ``nn.init.eye_`` writes by ``out=``, which no patch sees.
 EYE = Writer("eye_", written=((0, "tensor"),))

@@ -38,10 +38,11 @@ class _Done(Exception):
 
 @dataclass
 class _Hit:
-    """A live save that a write would silently touch, and how many of its elements."""
+    """A live save that a write would silently touch, whether a counter moves, how many elements change."""
 
     save: Save
     target: torch.Tensor
+    counted: bool
     elements: int = 0
 
 
@@ -104,10 +105,11 @@ def _look(
         if storage in ALIASES.by_storage or storage in ALIASES.young:
             ALIASES.sync(storage, saves)
             watched.append(storage)
-        hits += [_Hit(save, target) for save in saves if _is_silent(writer, target, save)]
+        counted = writer.counts(target, args, kwargs)
+        hits += [_Hit(save, target, counted) for save in saves if _is_silent(writer, counted, target, save)]
 
 
-def _is_silent(writer: Writer, target: torch.Tensor, save: Save) -> bool:
+def _is_silent(writer: Writer, counted: bool, target: torch.Tensor, save: Save) -> bool:
     """Whether the call may write to the save's memory without moving the save's version."""
     if save.moved:
         return False  # PyTorch refuses this save already
@@ -117,7 +119,7 @@ def _is_silent(writer: Writer, target: torch.Tensor, save: Save) -> bool:
     here = _memory.span_of(save.tensor)
     if there is None or here is None or overlaps(there, here) is False:
         return False
-    return not (writer.moves_counter and _memory.shares_counter(target, save.tensor))
+    return not (counted and _memory.shares_counter(target, save.tensor))
 
 
 def _verdict(
@@ -160,7 +162,7 @@ def _answer(
             if hit.elements:
                 corrupted.append(hit)
     for hit in corrupted:
-        shared = not writer.moves_counter and _memory.shares_counter(hit.target, hit.save.tensor)
+        shared = not hit.counted and _memory.shares_counter(hit.target, hit.save.tensor)
         report(hit.save, "uncounted" if shared else "write", writer.title, here, hit.elements, hit.target)
     for hit in corrupted:
         hit.save.remark().settled = True

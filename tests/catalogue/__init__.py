@@ -1,0 +1,20 @@
+"""Which programs must the guard tell apart? The one place where a new case goes.
+
+Each module holds the routes of one family; what a program is, and how it is judged, stands in ``harness``.
+"""
+
+from catalogue import textbook  # isort: skip - the four textbook programs come first
+from catalogue import aliases, graphs, methods, models, rebinding, training, unseen
+from harness import PROGRAMS
+
+__all__ = [
+    "PROGRAMS",
+    "aliases",
+    "graphs",
+    "methods",
+    "models",
+    "rebinding",
+    "textbook",
+    "training",
+    "unseen",
+]

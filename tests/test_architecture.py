@@ -1,0 +1,259 @@
+"""Does each module import only what its room may know, and is torch's private side touched in one place?"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import torchguard
+
+PACKAGE = Path(torchguard.__file__).parent
+
+#: Which module may import which of ours. An arrow that is not here is a decision to be taken; one that no module uses any
+#: more is to be taken out.
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": {"_violation", "guard"},
+    "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_findings": {"_torch", "_violation"},
+    "_hooks": {"_policy", "_reads", "_saves", "_torch"},
+    "_intercept": {
+        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_writers", "_writes",
+    },
+    "_ledger": set(),
+    "_memory": {"_model", "_torch"},
+    "_model": set(),
+    "_overlap": {"_model"},
+    "_places": {"_model"},
+    "_policy": {"_violation"},
+    "_reads": {"_aliases", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_violation"},
+    "_refusal": {"_torch"},
+    "_saves": {"_aliases", "_ledger", "_memory", "_places", "_policy", "_torch"},
+    "_torch": set(),
+    "_violation": {"_model"},
+    "_writers": {"_torch"},
+    "_writes": {
+        "_aliases", "_memory", "_overlap", "_places", "_policy", "_saves", "_torch", "_violation", "_writers",
+    },
+    "guard": {"_findings", "_hooks", "_intercept", "_policy", "_reads", "_violation"},
+}  # fmt: skip
+
+#: These know plain values only: they are tested without a tensor.
+WITHOUT_TORCH = {"_model", "_overlap", "_ledger", "_violation", "_policy", "_findings", "guard", "__init__"}
+
+#: What may be imported from outside, beside the standard library.
+MAY_IMPORT_WRAPT = {"_intercept"}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+TREES = {name: ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES}
+
+
+def imports(tree: ast.AST, type_checking: bool = True) -> set[str]:
+    """Dotted names of everything that is imported; without those under ``if TYPE_CHECKING`` if so asked."""
+    skipped: set[ast.AST] = set()
+    if not type_checking:
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.If)
+                and isinstance(node.test, ast.Name)
+                and node.test.id == "TYPE_CHECKING"
+            ):
+                skipped |= {inner for statement in node.body for inner in ast.walk(statement)}
+    found = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            if node.module == "torchguard":
+                found |= {f"torchguard.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return found
+
+
+def ours(name: str, type_checking: bool = True) -> set[str]:
+    return {
+        dotted.split(".")[1]
+        for dotted in imports(TREES[name], type_checking)
+        if dotted.startswith("torchguard.")
+    }
+
+
+def test_the_table_has_every_module() -> None:
+    assert set(MAY_IMPORT) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_what_it_may_and_no_other(name: str) -> None:
+    assert ours(name) - MAY_IMPORT[name] == set(), "an arrow that the table does not have"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_table_has_no_arrow_that_is_not_used(name: str) -> None:
+    assert MAY_IMPORT[name] - ours(name) == set(), "take it out of the table"
+
+
+def test_there_is_no_cycle() -> None:
+    """At run time; an import for the type checker alone may point upwards."""
+    arrows = {name: ours(name, type_checking=False) for name in MODULES}
+    while arrows:
+        leaves = {name for name, targets in arrows.items() if not targets & arrows.keys()}
+        assert leaves, f"a cycle among {sorted(arrows)}"
+        arrows = {name: targets for name, targets in arrows.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
+def test_rooms_that_know_no_torch(name: str) -> None:
+    assert not {dotted for dotted in imports(TREES[name]) if dotted.split(".")[0] in ("torch", "numpy")}
+
+
+def test_the_judge_of_plain_integers_runs_without_torch() -> None:
+    """Not even through what it imports."""
+    for name in ("_model", "_overlap", "_ledger", "_violation"):
+        reached, todo = set(), [name]
+        while todo:
+            module = todo.pop()
+            if module not in reached:
+                reached.add(module)
+                todo += ours(module, type_checking=False)
+        assert reached <= {"_model", "_overlap", "_ledger", "_violation"}
+
+
+def test_only_the_standard_library_torch_and_wrapt_are_imported() -> None:
+    import sys
+
+    for name, tree in TREES.items():
+        for dotted in imports(tree):
+            root = dotted.split(".")[0]
+            if root == "wrapt":
+                assert name in MAY_IMPORT_WRAPT
+            else:
+                assert root in ("torch", "torchguard") or root in sys.stdlib_module_names, (name, dotted)
+
+
+# ---- private names ------------------------------------------------------------------------------------------------
+
+
+def is_private(attribute: str) -> bool:
+    return attribute.startswith("_") and not attribute.startswith("__")
+
+
+def chain(node: ast.AST) -> list[str]:
+    """``torch._C._nn`` -> ["torch", "_C", "_nn"]; empty where it does not begin with a name."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(names)] if isinstance(node, ast.Name) else []
+
+
+def private_names_of_torch(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        names = chain(node) if isinstance(node, ast.Attribute) else []
+        if names and names[0] == "torch" and any(map(is_private, names[1:])):
+            found.append(f"line {node.lineno}: {'.'.join(names)}")
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "torch":
+            private = [alias.name for alias in node.names if is_private(alias.name)]
+            if private or any(map(is_private, node.module.split("."))):
+                found.append(f"line {node.lineno}: from {node.module} import {', '.join(private)}")
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "hasattr")
+        ):
+            target, attribute = (chain(node.args[0]) or [getattr(node.args[0], "id", "")]), node.args[1]
+            if (
+                target[0] == "torch"
+                and isinstance(attribute, ast.Constant)
+                and is_private(str(attribute.value))
+            ):
+                found.append(f"line {node.lineno}: {attribute.value} of torch")
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "_torch"])
+def test_private_names_of_torch_are_in_one_module(name: str) -> None:
+    assert private_names_of_torch(TREES[name]) == []
+
+
+def test_the_search_for_private_names_finds_them() -> None:
+    for source in (
+        "torch._C._nn",
+        "x = torch.jit._builtins.y",
+        "from torch._ops import OpOverload",
+        "from torch.overrides import _push_mode",
+        "getattr(torch, '_C')",
+    ):
+        assert private_names_of_torch(ast.parse("import torch\n" + source)), source
+    assert not private_names_of_torch(ast.parse("torch.nn.functional; torch.__file__; x._version; _torch._C"))
+    assert private_names_of_torch(TREES["_torch"])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_private_names_of_our_own_modules_stay_in_them(name: str) -> None:
+    """``_places._short`` is the business of ``_places``."""
+    found = []
+    for node in ast.walk(TREES[name]):
+        names = chain(node) if isinstance(node, ast.Attribute) else []
+        if len(names) > 1 and names[0] in MAY_IMPORT and is_private(names[1]):
+            found.append(f"line {node.lineno}: {'.'.join(names)}")
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torchguard."):
+            found += [f"line {node.lineno}: {alias.name}" for alias in node.names if is_private(alias.name)]
+    assert found == []
+
+
+# ---- how a module opens -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
+def test_a_module_opens_with_the_question_it_answers(name: str) -> None:
+    docstring = ast.get_docstring(TREES[name])
+    assert docstring, "no docstring"
+    first = " ".join(docstring.split("\n\n")[0].split())
+    assert "?" in first, first
+
+
+def public(body: list[ast.stmt]) -> list[Any]:
+    """Public functions and classes, and the public methods of public classes."""
+    found: list[Any] = []
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            found.append(node)
+            if isinstance(node, ast.ClassDef):
+                found += public(node.body)
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_is_documented(name: str) -> None:
+    missing = [
+        f"{node.name} in line {node.lineno}"
+        for node in public(TREES[name].body)
+        if not ast.get_docstring(node)
+    ]
+    assert missing == []
+
+
+def test_names_only_in_init() -> None:
+    body = TREES["__init__"].body
+    assert all(isinstance(node, (ast.Expr, ast.ImportFrom, ast.Import, ast.Assign)) for node in body)
+    listed = next(
+        node.value
+        for node in body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    )
+    names = ast.literal_eval(listed)
+    assert names == sorted(names)
+    assert set(names) == {
+        alias.asname or alias.name
+        for node in body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }

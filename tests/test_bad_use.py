@@ -1,0 +1,141 @@
+"""Does bad use get one clear line?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from torchguard import Guard, SavedTensorCorruptionError, allow, strict, warn
+
+
+def entered_twice() -> None:
+    with strict() as guard, guard:
+        pass
+
+
+def spent() -> None:
+    guard = strict()
+    with guard:
+        pass
+    with guard:
+        pass
+
+
+NEEDS_REASON = (
+    'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
+)
+
+CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "unknown action": (
+        lambda: Guard("explode"),  # type: ignore[arg-type]
+        ValueError,
+        "torchguard: action is one of 'raise', 'warn', 'record', not 'explode'",
+    ),
+    "action is None": (
+        lambda: Guard(None),  # type: ignore[arg-type]
+        ValueError,
+        "torchguard: action is one of 'raise', 'warn', 'record', not None",
+    ),
+    "action is a list": (
+        lambda: Guard(["raise"]),  # type: ignore[arg-type]
+        ValueError,
+        "torchguard: action is one of 'raise', 'warn', 'record', not ['raise']",
+    ),
+    "unknown moment": (
+        lambda: Guard(at="dawn"),  # type: ignore[arg-type]
+        ValueError,
+        "torchguard: at is one of 'write', not 'dawn'",
+    ),
+    "unknown moment of strict": (
+        lambda: strict(at="dawn"),  # type: ignore[arg-type]
+        ValueError,
+        "torchguard: at is one of 'write', not 'dawn'",
+    ),
+    "unknown moment of warn": (
+        lambda: warn(at="dawn"),  # type: ignore[arg-type]
+        ValueError,
+        "torchguard: at is one of 'write', not 'dawn'",
+    ),
+    "unknown depth": (
+        lambda: Guard(depth="abyss"),  # type: ignore[arg-type]
+        ValueError,
+        "torchguard: depth is one of 'saves', not 'abyss'",
+    ),
+    "every_call is no truth value": (
+        lambda: Guard(every_call="yes"),  # type: ignore[arg-type]
+        TypeError,
+        "torchguard: every_call is True or False, not 'yes'",
+    ),
+    "allow without a reason": (lambda: allow(), ValueError, NEEDS_REASON),
+    "allow with an empty reason": (lambda: allow(""), ValueError, NEEDS_REASON),
+    "allow with a blank reason": (lambda: allow(" \n"), ValueError, NEEDS_REASON),
+    "allow with a number": (lambda: allow(3), TypeError, NEEDS_REASON),  # type: ignore[arg-type]
+    "allow used without calling it": (
+        lambda: allow(lambda: None),  # type: ignore[arg-type]
+        TypeError,
+        NEEDS_REASON,
+    ),
+    "entered twice": (
+        entered_twice,
+        RuntimeError,
+        "torchguard: this guard is entered already; make a new one for each block, with torchguard.strict() say",
+    ),
+    "entered again": (
+        spent,
+        RuntimeError,
+        "torchguard: this guard has been used; make a new one for each block, with torchguard.strict() say",
+    ),
+    "left before it was entered": (
+        lambda: strict().__exit__(None, None, None),
+        RuntimeError,
+        "torchguard: this guard is not entered",
+    ),
+    "a number decorated": (
+        lambda: strict()(3),  # type: ignore[type-var]
+        TypeError,
+        "torchguard: guard() decorates functions, not 3",
+    ),
+    "a string decorated with allow": (
+        lambda: allow("why")("nothing"),  # type: ignore[type-var]
+        TypeError,
+        "torchguard: allow() decorates functions, not 'nothing'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_use_gets_one_clear_line(name: str) -> None:
+    program, kind, message = CASES[name]
+    with pytest.raises(kind) as error:
+        program()
+    assert type(error.value) is kind
+    assert str(error.value) == message
+    assert "\n" not in message
+    assert len(message) <= 120
+
+
+def test_strict_used_without_calling_it_says_so() -> None:
+    with pytest.raises(TypeError, match=r"^strict\(\)") as error:
+        strict(lambda: None)  # type: ignore[misc]
+    assert "\n" not in str(error.value)
+
+
+def test_a_guard_that_was_entered_twice_still_guards() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with strict() as guard:
+        with pytest.raises(RuntimeError, match="entered already"):
+            guard.__enter__()
+        y = x.exp()
+        with pytest.raises(SavedTensorCorruptionError):
+            y.data.zero_()
+
+
+def test_a_guard_says_what_it_is() -> None:
+    guard = Guard("warn")
+    assert repr(guard) == "<torchguard.Guard action='warn', new, 0 violations>"
+    with guard:
+        assert repr(guard) == "<torchguard.Guard action='warn', entered, 0 violations>"
+    assert repr(guard) == "<torchguard.Guard action='warn', left, 0 violations>"

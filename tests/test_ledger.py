@@ -1,0 +1,412 @@
+"""Does the ledger know exactly the saves that are alive, at the same cost however many there are?"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchguard import _ledger
+from torchguard._ledger import Ledger
+
+
+class Entry:
+    """All that the ledger knows of a save."""
+
+    def __init__(self, storage: int, extent: tuple[int, int, bool] | None = None) -> None:
+        self.storage = storage
+        self.extent = extent
+
+
+def new() -> Ledger[Entry]:
+    return Ledger(lambda entry: entry.extent, lambda entry: entry.extent is not None and entry.extent[2])
+
+
+def kept_by(thing: Any) -> int:
+    """How many things the ledger holds on to, of whatever kind: all that its tables and their tables have."""
+    if isinstance(thing, Ledger) or type(thing).__module__ == _ledger.__name__:
+        return sum(kept_by(value) for value in vars(thing).values())
+    if isinstance(thing, dict):
+        return len(thing) + sum(kept_by(value) for value in thing.values())
+    if isinstance(thing, (list, deque, set)):
+        return len(thing) + sum(kept_by(value) for value in thing)
+    return 0
+
+
+def test_in_storage_gives_the_live_entries_of_that_storage_in_order() -> None:
+    ledger = new()
+    a, b, c = Entry(1), Entry(2), Entry(1)
+    for entry in (a, b, c):
+        ledger.add(entry)
+    assert ledger.in_storage(1) == [a, c]
+    assert ledger.in_storage(2) == [b]
+    assert ledger.in_storage(3) == []
+    assert len(ledger) == 3
+
+
+def test_an_entry_vanishes_with_its_save() -> None:
+    ledger = new()
+    a, b = Entry(1), Entry(1)
+    ledger.add(a)
+    ledger.add(b)
+    assert len(ledger) == 2
+    del a
+    assert ledger.in_storage(1) == [b]
+    del b
+    assert ledger.in_storage(1) == []
+    assert len(ledger) == 0
+
+
+def test_an_entry_that_died_before_it_was_filed_is_never_filed() -> None:
+    ledger = new()
+    ledger.add(Entry(1))
+    assert ledger.in_storage(1) == []
+    assert not ledger
+    assert kept_by(ledger) == 0
+
+
+def test_it_is_true_while_a_save_may_be_alive_and_false_once_none_is() -> None:
+    ledger = new()
+    assert not ledger
+    entry = Entry(1)
+    ledger.add(entry)
+    assert ledger
+    assert ledger.in_storage(1)
+    assert ledger
+    del entry
+    assert ledger.in_storage(1) == []
+    assert not ledger
+
+
+def test_the_ledger_keeps_no_entry_alive() -> None:
+    from weakref import ref
+
+    ledger = new()
+    entry = Entry(1, (0, 8, True))
+    held = ref(entry)
+    ledger.add(entry)
+    ledger.across_storages(2, (0, 8, True))
+    del entry
+    assert held() is None
+
+
+@pytest.mark.parametrize("asked", ["in_storage", "across foreign", "across own", "never"])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_hundred_thousand_steps_leave_a_bounded_ledger(asked: str, foreign: bool) -> None:
+    ledger = new()
+    ledger.across_storages(-1, (0, 1, True))  # the map has been drawn once, early in the run
+    for step in range(100_000):
+        ledger.add(Entry(step, (8 * step, 8 * step + 8, foreign)))
+        if step % 100 == 0:
+            if asked == "in_storage":
+                ledger.in_storage(-1)
+            elif asked != "never":
+                ledger.across_storages(-1, (0, 8, asked == "across foreign"))
+        elif len(ledger.pending) > 4096:
+            ledger.file()  # as the pack hook does
+    ledger.file()
+    assert kept_by(ledger) < 10_000
+
+
+def test_saves_that_live_on_for_a_while_leave_a_bounded_ledger() -> None:
+    """Fifty saves are alive at any time; each is filed while it lives, and most are never asked for again."""
+    ledger = new()
+    ledger.across_storages(-1, (0, 1, True))
+    alive: list[Entry] = []
+    for step in range(50_000):
+        alive.append(Entry(step, (8 * step, 8 * step + 8, step % 7 == 0)))
+        ledger.add(alive[-1])
+        del alive[:-50]
+        if step % 10 == 0:
+            assert len(ledger.in_storage(step)) == 1
+    ledger.file()
+    assert kept_by(ledger) < 20_000
+    assert len(ledger) == 50
+
+
+def test_one_storage_saved_again_and_again_stays_bounded() -> None:
+    """A weight that lives for the whole run is saved once a step."""
+    ledger = new()
+    for _ in range(100_000):
+        entry = Entry(7)
+        ledger.add(entry)
+        if len(ledger.pending) > 100:
+            ledger.file()
+    assert kept_by(ledger) < 2_000
+    assert ledger.in_storage(7) == [entry]
+
+
+# ---- other storages over the same memory --------------------------------------------------------------------------
+
+
+def overlapping(entries: list[Entry], storage: int, extent: tuple[int, int, bool]) -> list[Entry]:
+    """What ``across_storages`` must find: two of torch's own storages never overlap, so one side is foreign."""
+    low, high, foreign = extent
+    return [
+        entry
+        for entry in entries
+        if entry.storage != storage
+        and entry.extent is not None
+        and (foreign or entry.extent[2])
+        and max(low, entry.extent[0]) < min(high, entry.extent[1])
+    ]
+
+
+def same(found: list[Entry], expected: list[Entry]) -> bool:
+    return sorted(map(id, found)) == sorted(map(id, expected))
+
+
+def test_a_foreign_storage_over_the_same_memory_is_found_from_both_sides() -> None:
+    ledger = new()
+    own, foreign = Entry(1, (1000, 2000, False)), Entry(2, (1500, 1600, True))
+    ledger.add(own)
+    assert not ledger.has_foreign
+    assert ledger.across_storages(2, (1500, 1600, True)) == [own]
+    ledger.add(foreign)
+    assert ledger.has_foreign
+    assert ledger.across_storages(1, (1000, 2000, False)) == [foreign]
+    assert ledger.across_storages(2, (1500, 1600, True)) == [own]
+    assert ledger.across_storages(1, (1000, 1500, False)) == []
+    assert ledger.across_storages(1, (1600, 2000, False)) == []
+    del foreign
+    assert ledger.in_storage(2) == []
+    assert not ledger.has_foreign
+
+
+actions = st.lists(
+    st.tuples(
+        st.sampled_from(["save", "save", "save", "drop", "ask", "ask", "file"]),
+        st.integers(0, 2),  # which storage
+        st.integers(0, 8),  # where it lies
+        st.integers(0, 400),  # how long it is
+        st.booleans(),  # foreign?
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(actions)
+def test_across_storages_finds_what_a_search_through_all_entries_finds(steps: list[Any]) -> None:
+    """Identities of storages are used again once their saves are gone, for memory that lies elsewhere."""
+    ledger = new()
+    alive: list[Entry] = []
+    for action, storage, place, length, foreign in steps:
+        extent = (100 * place, 100 * place + length, foreign)
+        if action == "save":
+            there = next((entry.extent for entry in alive if entry.storage == storage), extent)
+            alive.append(Entry(storage, there))
+            ledger.add(alive[-1])
+        elif action == "drop":
+            alive[:] = [entry for entry in alive if entry.storage != storage]
+        elif action == "file":
+            ledger.file()
+        else:
+            assert same(ledger.across_storages(storage, extent), overlapping(alive, storage, extent))
+            assert same(ledger.in_storage(storage), [entry for entry in alive if entry.storage == storage])
+            assert ledger.has_foreign or not any(entry.extent and entry.extent[2] for entry in alive)
+    assert len(ledger) == len(alive)
+
+
+def test_a_storage_whose_identity_is_used_again_is_found_where_it_lies_now() -> None:
+    ledger = new()
+    first = Entry(1, (0, 100, False))
+    ledger.add(first)
+    assert ledger.across_storages(9, (0, 100, True)) == [first]
+    del first
+    second = Entry(1, (5000, 5100, False))
+    ledger.add(second)
+    assert ledger.across_storages(9, (5050, 5060, True)) == [second]
+    assert ledger.across_storages(9, (0, 100, True)) == []
+
+
+def test_a_storage_whose_identity_is_used_again_for_foreign_memory_is_foreign() -> None:
+    ledger = new()
+    first = Entry(1, (0, 100, False))
+    ledger.add(first)
+    ledger.file()
+    del first
+    second = Entry(1, (5000, 5100, True))
+    ledger.add(second)
+    assert ledger.has_foreign
+    assert ledger.across_storages(9, (5050, 5060, False)) == [second]
+
+
+def test_entries_without_memory_are_found_by_storage_only() -> None:
+    ledger = new()
+    entry = Entry(3, None)
+    ledger.add(entry)
+    assert ledger.in_storage(3) == [entry]
+    assert ledger.across_storages(1, (0, 2**48, True)) == []
+
+
+# ---- cost ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Counts the bytecode instructions that run inside the ledger's module: steps, not seconds."""
+    steps = [0]
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != _ledger.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        if event == "opcode":
+            steps[0] += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield steps
+    finally:
+        sys.settrace(before)
+
+
+def cost(question: Callable[[], Any]) -> int:
+    with counted() as steps:
+        question()
+    return steps[0]
+
+
+def filled(saves: int, foreign_every: int) -> tuple[Ledger[Entry], list[Entry]]:
+    ledger = new()
+    alive = [Entry(n, (1024 * n, 1024 * n + 1000, n % foreign_every == 0)) for n in range(saves)]
+    for entry in alive:
+        ledger.add(entry)
+    ledger.across_storages(-1, (0, 1, True))
+    return ledger, alive
+
+
+@pytest.mark.parametrize("question", ["in_storage", "add", "across foreign", "has_foreign"])
+def test_a_question_takes_the_same_steps_whatever_number_of_saves_is_alive(question: str) -> None:
+    steps = []
+    for saves in (100, 20_000):
+        ledger, alive = filled(saves, foreign_every=10**9)
+        middle = saves // 2
+        one_more = Entry(-2, (0, 8, False))
+        asked = {
+            "in_storage": lambda ledger=ledger, middle=middle: ledger.in_storage(middle),
+            "add": lambda ledger=ledger, entry=one_more: (ledger.add(entry), ledger.in_storage(-2)),
+            "across foreign": lambda ledger=ledger, middle=middle: ledger.across_storages(
+                -1, (1024 * middle, 1024 * middle + 5000, True)
+            ),
+            "has_foreign": lambda ledger=ledger: ledger.has_foreign,
+        }[question]
+        steps.append(cost(asked))
+        assert len(alive) == saves
+    few, many = steps
+    assert 0 < many <= few + 100
+
+
+def test_asking_for_one_live_save_takes_the_same_steps_however_many_have_died() -> None:
+    ledger = new()
+    kept = Entry(0, (0, 8, False))
+    ledger.add(kept)
+    few = cost(lambda: ledger.in_storage(0))
+    for n in range(20_000):
+        ledger.add(Entry(n % 50, (8 * n, 8 * n + 8, False)))
+    ledger.file()
+    assert cost(lambda: ledger.in_storage(0)) <= few + 100
+
+
+def test_filing_takes_a_flat_number_of_steps_a_save() -> None:
+    def each(saves: int) -> float:
+        ledger = new()
+        alive = [Entry(n % (saves // 4), (0, 8, False)) for n in range(saves)]
+        for entry in alive:
+            ledger.add(entry)
+        return cost(ledger.file) / saves
+
+    assert each(8_000) <= 1.5 * each(1_000) + 5
+
+
+def test_a_great_storage_does_not_make_small_questions_dear() -> None:
+    """One foreign file of a terabyte over twenty thousand small saves."""
+    ledger, alive = filled(20_000, foreign_every=10**9)
+    whole = Entry(-5, (0, 2**40, True))
+    ledger.add(whole)
+    found: list[Entry] = []
+    steps = cost(lambda: found.extend(ledger.across_storages(-1, (1024 * 300, 1024 * 300 + 8, True))))
+    assert same(found, [alive[300], whole])
+    assert steps < 3_000
+
+
+# ---- threads and forks --------------------------------------------------------------------------------------------
+
+
+def test_four_threads_use_one_ledger() -> None:
+    ledger = new()
+    wrong: list[object] = []
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        mine: list[Entry] = []
+        try:
+            for step in range(3_000):
+                storage = 1_000_000 * seed + chance.randrange(20)
+                mine.append(Entry(storage, (8 * storage, 8 * storage + 8, chance.random() < 0.3)))
+                ledger.add(mine[-1])
+                if len(mine) > 30:
+                    del mine[chance.randrange(30)]
+                if step % 5 == 0:
+                    expected = [entry for entry in mine if entry.storage == storage]
+                    if not same(ledger.in_storage(storage), expected):
+                        wrong.append((seed, step))
+                    ledger.across_storages(storage, (0, 2**40, step % 2 == 0))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 5)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+    assert len(ledger) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_forked_while_another_thread_holds_the_lock_goes_on() -> None:
+    import signal
+
+    ledger = new()
+    entry = Entry(1, (0, 8, False))
+    ledger.add(entry)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ledger._lock:
+            held.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(20)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)  # a deadlock ends the child by a signal
+        good = ledger.in_storage(1) == [entry] and ledger.across_storages(2, (0, 8, True)) == [entry]
+        os._exit(0 if good else 1)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0

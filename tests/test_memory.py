@@ -1,0 +1,413 @@
+"""Is what ``_memory`` says of a tensor's memory and counter what a look at the tensor shows?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torchguard import _memory
+from torchguard._memory import (
+    changed_bytes,
+    describe,
+    reach,
+    replica_of,
+    same_bytes,
+    shares_counter,
+    span_of,
+    storage_of,
+    touched_elements,
+    version_of,
+)
+
+# ---- spans --------------------------------------------------------------------------------------------------------
+
+STRIDED: dict[str, Callable[[], torch.Tensor]] = {
+    "contiguous": lambda: torch.zeros(3, 4),
+    "scalar": lambda: torch.tensor(1.0),
+    "row": lambda: torch.zeros(3, 4)[1],
+    "column": lambda: torch.zeros(3, 4)[:, 1],
+    "transpose": lambda: torch.zeros(3, 4).t(),
+    "step": lambda: torch.zeros(9)[1::3],
+    "expanded": lambda: torch.zeros(3, 1).expand(3, 5),
+    "overlapping windows": lambda: torch.zeros(9).unfold(0, 4, 1),
+    "as_strided": lambda: torch.zeros(20).as_strided((2, 3), (7, 2), 3),
+    "bool": lambda: torch.zeros(5, dtype=torch.bool),
+    "int8 of float": lambda: torch.zeros(4).view(torch.int8)[1:],
+    "double": lambda: torch.zeros(4, dtype=torch.float64)[2:],
+    "half": lambda: torch.zeros(4, dtype=torch.bfloat16),
+    "complex": lambda: torch.zeros(4, dtype=torch.complex64)[1:],
+    "real part": lambda: torch.zeros(4, dtype=torch.complex64).real,
+    "imaginary part": lambda: torch.zeros(4, dtype=torch.complex64).imag,
+    "leaf": lambda: torch.zeros(4, requires_grad=True),
+    "parameter": lambda: torch.nn.Parameter(torch.zeros(4)),
+    "non-leaf": lambda: torch.zeros(4, requires_grad=True) * 2,
+    "of numpy": lambda: torch.from_numpy(np.zeros((3, 4))),
+    "of the middle of numpy": lambda: torch.from_numpy(np.zeros(12)[3:]),
+    "channels last": lambda: torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "inference": lambda: _inference(),
+    "empty view": lambda: torch.zeros(6)[3:3],
+    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8),
+}
+
+
+def _inference() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.zeros(4)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("kind", STRIDED)
+def test_span_is_where_the_tensor_lies(kind: str) -> None:
+    tensor = STRIDED[kind]()
+    span = span_of(tensor)
+    assert span is not None
+    size = tensor.element_size()
+    assert span.address == tensor.untyped_storage().data_ptr() + tensor.storage_offset() * size
+    assert span.address == tensor.data_ptr() or tensor.numel() == 0
+    assert (span.itemsize, span.sizes) == (size, tuple(tensor.shape))
+    assert span.strides == tuple(stride * size for stride in tensor.stride())
+    assert span.device == "cpu"
+    assert span.elements == tensor.numel()
+
+
+def _fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.zeros(3)
+
+
+def _vmapped() -> list[torch.Tensor]:
+    seen: list[torch.Tensor] = []
+    torch.func.vmap(lambda x: seen.append(x) or x)(torch.zeros(3, 2))
+    return seen
+
+
+WITHOUT_MEMORY: dict[str, Callable[[], torch.Tensor]] = {
+    "meta": lambda: torch.zeros(3, device="meta"),
+    "fake": _fake,
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "empty": lambda: torch.empty(0),
+    "functorch wrapper": lambda: _vmapped()[0],
+    "mkldnn": lambda: torch.zeros(3, 4).to_mkldnn(),
+    "freed storage": lambda: _freed(),
+}
+
+
+def _freed() -> torch.Tensor:
+    tensor = torch.zeros(4)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", WITHOUT_MEMORY)
+def test_span_is_none_where_there_is_no_memory(kind: str) -> None:
+    tensor = WITHOUT_MEMORY[kind]()
+    assert span_of(tensor) is None
+    storage_of(tensor)  # does not raise
+    version_of(tensor)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["csr", "csc", "nested", "jagged"])
+def test_span_of_exotic_layouts_is_none(layout: str) -> None:
+    if layout in ("csr", "csc"):
+        tensor = getattr(torch.eye(3), f"to_sparse_{layout}")()
+    else:
+        kind = torch.jagged if layout == "jagged" else torch.strided
+        tensor = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=kind)
+    assert span_of(tensor) is None
+
+
+def test_subclass_is_not_called() -> None:
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+            raise AssertionError("user code was called")
+
+    tensor = torch.zeros(3, 2).as_subclass(Loud)
+    assert span_of(tensor) is not None
+    assert storage_of(tensor)
+    assert version_of(tensor) == 0
+    assert describe(tensor) == {"dtype": "float32", "shape": (3, 2), "device": "cpu"}
+
+
+def test_looking_does_not_materialise_a_copy_on_write_tensor() -> None:
+    first = torch.zeros(4)
+    second = torch._lazy_clone(first)
+    span, _, _ = span_of(second), storage_of(second), version_of(second)
+    assert torch._C._is_cow_tensor(second)
+    assert torch._C._is_cow_tensor(first)
+    assert span is not None
+
+
+def test_storage_is_one_for_all_views_and_another_for_other_memory() -> None:
+    tensor = torch.zeros(3, 4)
+    same = [tensor, tensor[1], tensor.t(), tensor.data, tensor.detach(), tensor.view(torch.int32)]
+    assert len({storage_of(view) for view in same}) == 1
+    assert storage_of(torch.zeros(3, 4)) != storage_of(tensor)
+
+
+def test_version_is_minus_one_where_none_is_kept() -> None:
+    assert version_of(_inference()) == -1
+    tensor = torch.zeros(2)
+    assert version_of(tensor) == 0
+    tensor.add_(1)
+    assert version_of(tensor) == 1
+
+
+# ---- shared counters ----------------------------------------------------------------------------------------------
+
+
+def _set(source: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0).set_(source)
+
+
+def _rebound(source: torch.Tensor) -> torch.Tensor:
+    other = torch.zeros(1)
+    other.data = source
+    return other
+
+
+def _moved_apart(source: torch.Tensor) -> torch.Tensor:
+    alias = source.data
+    with torch.no_grad():
+        alias.mul_(1)
+    return alias
+
+
+ALIASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "itself": lambda x: x,
+    "view": lambda x: x.view(-1),
+    "row": lambda x: x[0],
+    "row of row": lambda x: x[0][1:],
+    "transpose": lambda x: x.t(),
+    "detached": lambda x: x.detach(),
+    "detached view": lambda x: x.detach()[0],
+    "view of detached view": lambda x: x[0].detach()[1:],
+    "alias": lambda x: x.data,
+    "alias of alias": lambda x: x.data.data,
+    "view of alias": lambda x: x.data[0],
+    "alias of view": lambda x: x[0].data,
+    "detached alias": lambda x: x.data.detach(),
+    "reinterpreted": lambda x: x.detach().view(torch.int32),
+    "set_": lambda x: _set(x.detach()),
+    "rebound": lambda x: _rebound(x.detach()),
+    "rebound to alias": lambda x: _rebound(x.data),
+    "of its numpy": lambda x: torch.from_numpy(x.detach().numpy()),
+    "of its dlpack": lambda x: torch.from_dlpack(x.detach()),
+    "of its storage": lambda x: torch.tensor([]).set_(x.detach().untyped_storage()),
+    "parameter of alias": lambda x: torch.nn.Parameter(x.data),
+    "parameter of detached": lambda x: torch.nn.Parameter(x.detach()),
+    "other memory": lambda x: torch.zeros(2, 3),
+    "other memory, moved": lambda x: torch.zeros(2, 3).add_(1),
+    "alias moved apart": _moved_apart,
+    "inference": lambda x: _inference(),
+}
+
+SOURCES: dict[str, Callable[[], torch.Tensor]] = {
+    "leaf": lambda: torch.zeros(2, 3, requires_grad=True),
+    "plain": lambda: torch.zeros(2, 3),
+    "written to": lambda: torch.zeros(2, 3).add_(1).add_(1),
+    "non-leaf": lambda: torch.zeros(2, 3, requires_grad=True) * 2,
+    "view": lambda: torch.zeros(5, 3)[1:3],
+    "of numpy": lambda: torch.from_numpy(np.zeros((2, 3), dtype=np.float32)),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_sharing_is_what_a_tracked_write_shows(source: str, alias: str) -> None:
+    save = SOURCES[source]()
+    other = ALIASES[alias](save)
+    versions = version_of(save), version_of(other)
+    bytes_before = save.detach().clone()
+
+    answer = shares_counter(other, save)
+    back = shares_counter(save, other)
+
+    assert (version_of(save), version_of(other)) == versions
+    assert torch.equal(save.detach(), bytes_before)
+    with torch.no_grad():
+        if other.is_inference():
+            with torch.inference_mode():
+                other.add_(0)
+        else:
+            other.add_(0)
+    truth = save._version != versions[0]
+    assert answer is truth
+    assert back is truth
+
+
+def test_the_probe_leaves_no_trace_in_autograd() -> None:
+    a = torch.ones(3, requires_grad=True)
+    out = a.sigmoid()
+    assert shares_counter(out.detach(), out)
+    assert not shares_counter(out.data, out)
+    assert out._version == 0
+    out.sum().backward()  # PyTorch's own check passes
+    assert a.grad is not None
+
+
+def test_without_a_way_to_put_a_counter_back_equal_versions_count_as_shared(monkeypatch: Any) -> None:
+    monkeypatch.setattr(_memory._torch, "CAN_PROBE_COUNTERS", False)
+    x = torch.zeros(3)
+    assert shares_counter(x.data, x)
+    assert not shares_counter(x.data, x.add_(1))
+
+
+# ---- bytes --------------------------------------------------------------------------------------------------------
+
+DTYPES = [
+    torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint8,
+]  # fmt: skip
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "whole": lambda x: x,
+    "row": lambda x: x[1],
+    "column": lambda x: x[:, 1],
+    "transpose": lambda x: x.t(),
+    "odd columns": lambda x: x[:, 1::2],
+    "scalar": lambda x: x[2, 3],
+    "expanded": lambda x: x[1:2].expand(3, 6),
+    "inner block": lambda x: x[1:3, 2:5],
+}
+
+
+def filled(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(24).reshape(4, 6).remainder(2 if dtype == torch.bool else 100).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_replica_has_the_same_layout_and_values_over_memory_of_its_own(
+    layout: str, dtype: torch.dtype
+) -> None:
+    tensor = LAYOUTS[layout](filled(dtype))
+    replica, memory = replica_of(tensor)
+    assert (replica.shape, replica.stride(), replica.dtype) == (tensor.shape, tensor.stride(), dtype)
+    assert torch.equal(replica, tensor)
+    before = tensor.clone()
+    replica.fill_(1)
+    assert torch.equal(tensor, before)
+    assert storage_of(replica) == storage_of(memory) != storage_of(tensor)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)], ids=str)
+def test_an_empty_tensor_has_an_empty_replica_that_nothing_can_change(shape: tuple[int, ...]) -> None:
+    tensor = torch.zeros(shape)
+    replica, memory = replica_of(tensor)
+    assert replica.shape == tensor.shape
+    replica.fill_(1)
+    assert not changed_bytes(tensor, memory).any()
+    assert not reach(tensor).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("written", LAYOUTS)
+def test_touched_elements_are_those_that_differ_afterwards(
+    written: str, layout: str, dtype: torch.dtype
+) -> None:
+    """A write to one view, rehearsed on a replica, against the elements of another view that really change."""
+    base = filled(dtype)
+    target, save = LAYOUTS[written](base), LAYOUTS[layout](base)
+    replica, memory = replica_of(target)
+    value = True if dtype == torch.bool else 77
+    (replica if replica.stride().count(0) == 0 else replica[0]).fill_(value)
+
+    mask = changed_bytes(target, memory)
+    here, there = span_of(target), span_of(save)
+    assert here is not None
+    assert there is not None
+    before = save.clone()
+    counted = touched_elements(mask, here.address, there)
+
+    (target if target.stride().count(0) == 0 else target[0]).fill_(value)
+    assert counted == int((save != before).sum())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_touched_elements_by_brute_force(data: Any) -> None:
+    sizes = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
+    strides = tuple(data.draw(st.integers(0, 12)) for _ in sizes)
+    itemsize = data.draw(st.sampled_from([1, 2, 4, 8]))
+    span = _memory.Span("cpu", 1000 + data.draw(st.integers(0, 30)), itemsize, sizes, strides)
+    start = 1000 + data.draw(st.integers(-20, 40))
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=1, max_size=60)))
+    dirty = {start + i for i, bit in enumerate(mask.tolist()) if bit}
+    truth = 0
+    for index in product(*map(range, sizes)):
+        first = span.address + sum(i * stride for i, stride in zip(index, strides, strict=True))
+        truth += any(first + byte in dirty for byte in range(itemsize))
+    assert touched_elements(mask, start, span) == truth
+
+
+def test_a_reinterpretation_touches_the_elements_whose_bytes_it_changes() -> None:
+    save = torch.zeros(4)
+    bytes_ = save.view(torch.uint8)
+    replica, memory = replica_of(bytes_)
+    replica[5] = 1  # the second byte of the second element
+    here, there = span_of(bytes_), span_of(save)
+    assert here is not None
+    assert there is not None
+    assert touched_elements(changed_bytes(bytes_, memory), here.address, there) == 1
+
+
+def test_a_write_of_the_value_that_is_there_changes_no_byte() -> None:
+    tensor = torch.tensor([0.0, float("nan"), 3.0])
+    replica, memory = replica_of(tensor)
+    replica.copy_(tensor.clone())
+    assert not changed_bytes(tensor, memory).any()
+    replica[0] = -0.0
+    assert changed_bytes(tensor, memory).sum() == 1  # the sign of zero is a byte like any other
+
+
+def test_gaps_between_elements_do_not_count() -> None:
+    base = torch.zeros(4, 6)
+    column = base[:, 1]
+    replica, memory = replica_of(column)
+    memory.fill_(1)
+    span = span_of(column)
+    assert span is not None
+    assert touched_elements(changed_bytes(column, memory), span.address, span) == 4
+    other = span_of(base[:, 2])
+    assert other is not None
+    replica, memory = replica_of(column)
+    replica.fill_(1)
+    assert touched_elements(changed_bytes(column, memory), span.address, other) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.complex64], ids=str)
+def test_reach_is_every_byte_of_the_elements_and_no_other(layout: str, dtype: torch.dtype) -> None:
+    tensor = LAYOUTS[layout](filled(dtype))
+    span = span_of(tensor)
+    assert span is not None
+    truth = set()
+    for index in product(*map(range, span.sizes)):
+        first = sum(i * stride for i, stride in zip(index, span.strides, strict=True))
+        truth |= set(range(first, first + span.itemsize))
+    assert set(reach(tensor).nonzero().flatten().tolist()) == truth
+
+
+def test_same_bytes_is_about_bits() -> None:
+    nan = float("nan")
+    assert same_bytes(torch.tensor([nan, 1.0]), torch.tensor([nan, 1.0]))
+    assert not same_bytes(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bytes(torch.tensor([1.0]), torch.tensor([1]))
+    assert not same_bytes(torch.zeros(2), torch.zeros(3))
+    assert not same_bytes(torch.zeros(2), torch.zeros(2, 1))
+    assert same_bytes(torch.zeros(0), torch.zeros(0))
+    assert same_bytes(torch.tensor(1.0), torch.tensor(1.0))
+    assert same_bytes(torch.arange(6.0).reshape(2, 3).t(), torch.arange(6.0).reshape(2, 3).t().contiguous())
+    assert same_bytes(torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.complex64))
+    assert same_bytes(torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))

@@ -1,0 +1,570 @@
+"""Which guard answers where guards nest, and what do other threads, tasks and processes see of them?"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from torchguard import Guard, SavedTensorCorruptionError, SavedTensorCorruptionWarning, strict, warn
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+
+def leaf() -> torch.Tensor:
+    return torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+
+
+def corrupt() -> None:
+    y = leaf().exp()
+    y.data.zero_()
+
+
+def outcome() -> str:
+    """What a corrupting program meets here and now."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            corrupt()
+        except SavedTensorCorruptionError:
+            return "raise"
+    return "warn" if told else "silent"
+
+
+def run(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives, or raises, in a thread of its own."""
+    result: list[Any] = []
+
+    def body() -> None:
+        try:
+            result.append(work())
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    return result[0]
+
+
+# ---- nesting ------------------------------------------------------------------------------------------------------
+
+ACTIONS = ("raise", "warn", "record")
+
+
+@pytest.mark.parametrize("inner", ACTIONS)
+@pytest.mark.parametrize("outer", ACTIONS)
+def test_the_innermost_guard_rules(outer: Any, inner: Any) -> None:
+    said = {"raise": "raise", "warn": "warn", "record": "silent"}
+    with Guard(outer) as around:
+        assert outcome() == said[outer]
+        with Guard(inner) as within:
+            assert outcome() == said[inner]
+        assert outcome() == ("silent" if outer == "warn" else said[outer])  # a known site: warned once
+    assert [violation.times for violation in around.violations] == [2]
+    assert [violation.times for violation in within.violations] == [1]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_every_call_nests(outer: bool, inner: bool) -> None:
+    with strict(every_call=outer):
+        with strict(every_call=inner):
+            assert outcome() == "raise"
+        y = leaf().exp()
+        caught_at_once = False
+        try:
+            torch.zeros(3, out=y.data)
+        except SavedTensorCorruptionError:
+            caught_at_once = True
+        assert caught_at_once is outer
+
+
+def test_ten_deep() -> None:
+    guards = [Guard("record") for _ in range(10)]
+    for guard in guards:
+        guard.__enter__()
+        corrupt()
+    for guard in reversed(guards):
+        guard.__exit__(None, None, None)
+        corrupt()
+    assert [sum(v.times for v in guard.violations) for guard in guards] == [2] * 9 + [1]
+
+
+def test_a_save_of_the_outer_guard_written_to_in_the_inner_one() -> None:
+    with strict() as outer:
+        y = leaf().exp()
+        with Guard("record") as inner:
+            y.data.zero_()
+        y.sum().backward()
+    assert len(inner.violations) == 1
+    assert outer.violations == []
+
+
+def test_a_save_of_the_inner_guard_written_to_in_the_outer_one() -> None:
+    with Guard("record") as outer:
+        with strict() as inner:
+            y = leaf().exp()
+        y.data.zero_()
+    assert len(outer.violations) == 1
+    assert inner.violations == []
+
+
+# ---- threads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every_call", [False, True])
+def test_a_thread_started_inside_runs_under_the_guard(every_call: bool) -> None:
+    with strict(every_call=every_call) as guard:
+        answer = run(corrupt)
+    assert isinstance(answer, SavedTensorCorruptionError)
+    assert answer.violation.thread.startswith("Thread-")
+    assert len(guard.violations) == 1
+
+
+def test_a_thread_started_by_such_a_thread_as_well() -> None:
+    with strict():
+        assert isinstance(run(lambda: run(corrupt)), SavedTensorCorruptionError)
+
+
+def test_a_thread_follows_the_innermost_guard_of_its_parent() -> None:
+    with strict(), Guard("record") as inner:
+        assert run(corrupt) is None
+    assert len(inner.violations) == 1
+
+
+def test_another_threads_write_to_this_threads_save() -> None:
+    with strict() as guard:
+        x = leaf()
+        y = x.exp()
+        answer = run(lambda: y.data.zero_())
+        assert isinstance(answer, SavedTensorCorruptionError)
+        y.sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad, x.detach().exp())
+    assert len(guard.violations) == 1
+
+
+def test_this_threads_write_to_another_threads_save() -> None:
+    with strict():
+        y = run(lambda: leaf().exp())
+        with pytest.raises(SavedTensorCorruptionError):
+            y.data.zero_()
+
+
+def test_another_threads_tracked_write_is_refused_by_pytorch() -> None:
+    with strict() as guard:
+        y = leaf().exp()
+        run(lambda: y.detach().zero_())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    assert guard.violations == []
+
+
+def test_a_thread_that_was_there_before_writes_to_a_save() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        with strict() as guard:
+            y = leaf().exp()
+            error = pool.submit(lambda: y.data.zero_()).exception(30)
+        assert isinstance(error, SavedTensorCorruptionError)
+        assert len(guard.violations) == 1
+        assert pool.submit(outcome).result(30) == "silent"
+
+
+def test_a_thread_that_was_there_before_enters_a_guard_of_its_own() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+
+        def work() -> str:
+            with strict():
+                return outcome()
+
+        with Guard("record") as guard:
+            assert pool.submit(work).result(30) == "raise"
+            assert outcome() == "silent"
+        assert [violation.times for violation in guard.violations] == [1]
+        assert pool.submit(outcome).result(30) == "silent"
+
+
+def test_a_pool_made_inside() -> None:
+    with strict() as guard:
+        with ThreadPoolExecutor(2) as pool:
+            errors = [pool.submit(corrupt).exception(30) for _ in range(4)]
+    assert all(isinstance(error, SavedTensorCorruptionError) for error in errors)
+    assert sum(violation.times for violation in guard.violations) == 4
+
+
+def test_a_thread_that_outlives_the_guard_is_harmless() -> None:
+    go, answers = threading.Event(), []
+
+    def work() -> None:
+        x = leaf()
+        y = x.exp()
+        go.wait(30)
+        y.data.mul_(1)
+        y.sum().backward()
+        answers.append(x.grad)
+        answers.append(outcome())
+
+    with strict() as guard:
+        thread = threading.Thread(target=work)
+        thread.start()
+        while thread.is_alive() and not guard.unwatched and thread.ident is None:
+            time.sleep(0.001)
+    go.set()
+    thread.join(30)
+    grad, said = answers
+    assert torch.equal(grad, leaf().detach().exp())
+    assert said == "silent"
+    assert guard.violations == []
+
+
+def test_a_thread_that_outlives_the_guard_answers_to_the_next_one_or_to_none() -> None:
+    """The first guard has left: it must not hear of anything any more."""
+    start, done = threading.Event(), threading.Event()
+    answers: list[str] = []
+
+    def work() -> None:
+        start.wait(30)
+        answers.append(outcome())
+        done.set()
+
+    with strict() as first:
+        thread = threading.Thread(target=work)
+        thread.start()
+    with Guard("record") as second:
+        start.set()
+        done.wait(30)
+    thread.join()
+    assert answers == ["silent"]
+    assert first.violations == []
+    assert len(second.violations) <= 1
+
+
+def test_the_thread_object_is_left_as_it_was() -> None:
+    class Worker(threading.Thread):
+        def run(self) -> None:
+            self.seen = outcome()
+
+    own: list[int] = []
+    with strict():
+        worker = Worker()
+        worker.start()
+        worker.join()
+        assert worker.seen == "raise"
+        assert "run" not in vars(worker)
+        assigned = threading.Thread()
+        assigned.run = run_of = lambda: own.append(1)  # type: ignore[method-assign]
+        assigned.start()
+        assigned.join()
+        assert own == [1]
+        assert vars(assigned)["run"] is run_of
+
+
+def test_a_timer_runs_under_the_guard() -> None:
+    answers: list[str] = []
+    with strict():
+        timer = threading.Timer(0.001, lambda: answers.append(outcome()))
+        timer.start()
+        timer.join()
+    assert answers == ["raise"]
+
+
+def test_a_thread_that_cannot_be_started_twice_says_so_as_ever() -> None:
+    with strict():
+        thread = threading.Thread(target=int)
+        thread.start()
+        thread.join()
+        with pytest.raises(RuntimeError, match="threads can only be started once"):
+            thread.start()
+        assert "run" not in vars(thread)
+
+
+def test_threads_that_enter_and_leave_at_random_times(found: Callable[[], Any]) -> None:
+    before = found()
+    stop = time.monotonic() + 1.0
+    wrong: list[Any] = []
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        try:
+            while time.monotonic() < stop:
+                guards = [
+                    Guard("raise" if seed % 2 else "record", every_call=chance.random() < 0.3)
+                    for _ in range(chance.randrange(1, 4))
+                ]
+                for guard in guards:
+                    guard.__enter__()
+                x = leaf()
+                y = (x.exp() * x).sigmoid()
+                y.sum().backward()
+                if x.grad is None or not torch.equal(x.grad, expected):
+                    wrong.append("a gradient")
+                said = outcome()
+                if said != ("raise" if seed % 2 else "silent"):
+                    wrong.append(said)
+                chance.shuffle(guards)
+                for guard in guards:
+                    guard.__exit__(None, None, None)
+                if chance.random() < 0.2:
+                    time.sleep(0.001)
+        except BaseException as error:
+            wrong.append(error)
+
+    x = leaf()
+    (x.exp() * x).sigmoid().sum().backward()
+    expected = x.grad
+    assert expected is not None
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+    assert before.differences() == []
+
+
+def test_backward_in_another_thread() -> None:
+    with strict() as guard:
+        x = leaf()
+        y = x.exp()
+        assert run(lambda: y.sum().backward()) is None
+        assert x.grad is not None
+        assert torch.equal(x.grad, x.detach().exp())
+        y = leaf().exp()
+        torch.zeros(3, out=y.data)
+        assert isinstance(run(lambda: y.sum().backward()), SavedTensorCorruptionError)
+    assert len(guard.violations) == 1
+
+
+def test_backward_in_a_thread_that_was_there_before() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        with strict() as guard:
+            y = leaf().exp()
+            torch.zeros(3, out=y.data)
+            error = pool.submit(lambda: y.sum().backward()).exception(30)
+    assert isinstance(error, SavedTensorCorruptionError)
+    assert len(guard.violations) == 1
+
+
+def test_a_guard_left_in_another_thread_restores_torch(found: Callable[[], Any]) -> None:
+    """A generator can be closed, or collected, anywhere. Save hooks belong to a thread; the patches do not."""
+    before = found()
+
+    def body() -> Iterator[int]:
+        with strict():
+            yield 1
+
+    generator: Any = body()
+    next(generator)
+    assert run(generator.close) is None
+    left = before.differences()
+    assert [name for name in left if "hooks" not in name] == []
+    assert outcome() == "silent"
+    # The pair of this thread cannot be taken off from another one; the next guard that leaves here does it.
+    with strict():
+        pass
+    assert before.differences() == []
+
+
+# ---- tasks --------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_with_guards_of_their_own(found: Callable[[], Any]) -> None:
+    before = found()
+
+    async def work(rounds: int) -> int:
+        with Guard("record") as guard:
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+                x = leaf()
+                x.exp().sum().backward()
+        return len(guard.violations)
+
+    async def all_of_them() -> list[int]:
+        return await asyncio.gather(*(work(rounds) for rounds in (5, 1, 3, 2, 4)))
+
+    assert asyncio.run(all_of_them()) == [0] * 5
+    assert before.differences() == []
+
+
+def test_a_task_that_is_cancelled_leaves_its_guard(found: Callable[[], Any]) -> None:
+    before = found()
+
+    async def endless() -> None:
+        with strict():
+            await asyncio.sleep(100)
+
+    async def main() -> None:
+        task = asyncio.create_task(endless())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert before.differences() == []
+
+
+def test_work_given_to_a_thread_by_a_task() -> None:
+    async def main() -> str:
+        with strict():
+            return await asyncio.to_thread(outcome)
+
+    assert asyncio.run(main()) == "raise"
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_forked_inside_a_guard_is_guarded() -> None:
+    with strict():
+        x = leaf()
+        y = x.exp()
+        child = os.fork()
+        if child == 0:
+            os._exit(child_answers(y))
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        y.sum().backward()
+
+
+def child_answers(y: torch.Tensor) -> int:
+    """Exit code of a forked child: 0 where all is well."""
+    import signal
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(20)
+    try:
+        if outcome() != "raise":
+            return 2
+        try:
+            y.data.zero_()
+            return 3
+        except SavedTensorCorruptionError:
+            pass
+        with Guard("record"):
+            if outcome() != "silent":
+                return 4
+        return 0
+    except BaseException:
+        return 5
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_forked_while_another_thread_enters_a_guard_can_enter_one() -> None:
+    """Every lock that a guard takes may be held by a thread that the child does not have."""
+    from torchguard import _intercept
+
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _intercept._lock:
+            held.set()
+            done.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(30)
+    child = os.fork()
+    if child == 0:
+        import signal
+
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(3)
+        with strict():
+            os._exit(0 if outcome() == "raise" else 2)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(status) == 0, "the child hangs"
+
+
+def in_a_process(program: str, *options: str) -> subprocess.CompletedProcess[str]:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *options, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+
+
+LIVE_AT_EXIT = """
+import threading, torch, torchguard
+guard = torchguard.strict(every_call={every_call})
+guard.__enter__()
+x = torch.ones(3, requires_grad=True)
+y = x.exp()
+alias = y.data
+def steps():
+    with torchguard.warn():
+        yield torch.ones(3, requires_grad=True).exp()
+generator = steps()
+kept = next(generator)
+threading.Thread(target=lambda: torch.ones(3, requires_grad=True).exp()).start()
+"""
+
+
+@pytest.mark.parametrize("every_call", [False, True])
+def test_an_interpreter_ends_quietly_with_a_guard_still_on(every_call: bool) -> None:
+    done = in_a_process(LIVE_AT_EXIT.format(every_call=every_call), "-W", "error")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_error_that_nobody_catches_ends_the_program_with_the_report() -> None:
+    done = in_a_process(
+        "import torch, torchguard\n"
+        "with torchguard.strict():\n"
+        "    y = torch.ones(3, requires_grad=True).exp()\n"
+        "    y.data.zero_()\n"
+    )
+    assert done.returncode == 1
+    assert "SavedTensorCorruptionError: zero_() through .data would corrupt" in done.stderr
+    assert "\x1b[" not in done.stderr  # no terminal, no colour
+
+
+def test_a_spawned_process_starts_without_a_guard() -> None:
+    import multiprocessing
+
+    with strict():
+        context = multiprocessing.get_context("spawn")
+        with ThreadPoolExecutor(1):  # threads of multiprocessing start inside the guard
+            process = context.Process(target=int)
+            process.start()
+            process.join(60)
+    assert process.exitcode == 0
+
+
+def test_warnings_are_told_in_the_thread_that_writes() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with warn():
+            run(corrupt)
+            run(corrupt)
+    assert [warning.category for warning in told] == [SavedTensorCorruptionWarning]

@@ -1,0 +1,521 @@
+"""Does the table of writers say what torch does when each of them is called?
+
+Every entry that can be called on a small tensor is called: which of its arguments changed, did their version move, did it call
+back? Nothing here repeats a list of the package: the truth is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from torchguard import Guard, _torch, _writers
+from torchguard._writers import OUT, Writer, tensors_in, writer_of, writer_of_operator, writers_in
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SPACES: dict[str, Any] = {
+    "Tensor": torch.Tensor,
+    "torch": torch,
+    "functional": torch.nn.functional,
+    "_nn": _torch.NN,
+    "_VF": _torch.VARIABLE_FUNCTIONS,
+}
+TABLE: dict[str, tuple[Callable[..., Any], Writer]] = {
+    f"{space}.{name}": entry
+    for space, namespace in SPACES.items()
+    for name, entry in sorted(writers_in(namespace, dir(namespace)).items())
+}
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def f(*shape: int) -> torch.Tensor:
+    """Fresh floats between 0.05 and 0.95, negative ones among them."""
+    count = torch.Size(shape).numel()
+    values = torch.linspace(0.05, 0.95, max(count, 1))[:count].clone()
+    values[::3] *= -1
+    return values.reshape(shape)
+
+
+def i(*shape: int) -> torch.Tensor:
+    return torch.arange(1, torch.Size(shape).numel() + 1).reshape(shape)
+
+
+def b(*shape: int) -> torch.Tensor:
+    return i(*shape) % 2 == 0
+
+
+INDEX = torch.tensor([0, 2])
+
+
+def _adam() -> Call:
+    lists = ([f(3)], [f(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(())])
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": True}
+    return lists, {**options, "maximize": False}
+
+
+#: Calls for those that the generic calls below do not suit.
+SPECIAL: dict[str, Callable[[], Call]] = {
+    "__setitem__": lambda: ((f(3, 4), 1, 7.0), {}),
+    "__idiv__": lambda: ((f(3), 2.0), {}),
+    "addbmm_": lambda: ((f(3, 3), f(2, 3, 3), f(2, 3, 3)), {}),
+    "baddbmm_": lambda: ((f(2, 3, 3), f(2, 3, 3), f(2, 3, 3)), {}),
+    "addmm_": lambda: ((f(3, 3), f(3, 3), f(3, 3)), {}),
+    "addmv_": lambda: ((f(3), f(3, 3), f(3)), {}),
+    "addr_": lambda: ((f(3, 3), f(3), f(3)), {}),
+    "__imatmul__": lambda: ((f(3, 3), f(3, 3)), {}),
+    "apply_": lambda: ((f(3), lambda v: v + 1), {}),
+    "map_": lambda: ((f(3), f(3), lambda v, w: v + w + 1), {}),
+    "map2_": lambda: ((f(3), f(3), f(3), lambda v, w, u: v + w + u + 1), {}),
+    "float_power_": lambda: ((f(3).abs().double(), 2.0), {}),
+    "fill_diagonal_": lambda: ((f(3, 3), 7.0), {}),
+    "index_add_": lambda: ((f(3), 0, INDEX, f(2)), {}),
+    "index_copy_": lambda: ((f(3), 0, INDEX, f(2) + 1), {}),
+    "index_fill_": lambda: ((f(3), 0, INDEX, 7.0), {}),
+    "index_put_": lambda: ((f(3), (INDEX,), torch.tensor(7.0)), {}),
+    "_index_put_impl_": lambda: ((f(3), [INDEX], torch.tensor(7.0)), {}),
+    "index_reduce_": lambda: ((f(3), 0, INDEX, f(2) + 3, "prod"), {}),
+    "masked_fill_": lambda: ((f(3), b(3), 7.0), {}),
+    "masked_scatter_": lambda: ((f(3), b(3), f(3) + 7), {}),
+    "put_": lambda: ((f(3), INDEX, f(2) + 7), {}),
+    "scatter_": lambda: ((f(3), 0, INDEX, f(2) + 7), {}),
+    "scatter_add_": lambda: ((f(3), 0, INDEX, f(2) + 7), {}),
+    "scatter_reduce_": lambda: ((f(3), 0, INDEX, f(2) + 7, "sum"), {}),
+    "renorm_": lambda: ((f(3, 3) + 5, 2, 0, 0.5), {}),
+    "cumsum_": lambda: ((f(3), 0), {}),
+    "cumprod_": lambda: ((f(3), 0), {}),
+    "polygamma_": lambda: ((f(3) + 3, 2), {}),
+    "mvlgamma_": lambda: ((f(3) + 9, 2), {}),
+    "tril_": lambda: ((f(3, 3),), {}),
+    "triu_": lambda: ((f(3, 3),), {}),
+    "ceil_": lambda: ((f(3),), {}),
+    "ldexp_": lambda: ((f(3), torch.tensor([1, 2, 3])), {}),
+    "lerp_": lambda: ((f(3), f(3) + 1, 0.5), {}),
+    "clamp_": lambda: ((f(3), 0.0, 0.1), {}),
+    "clip_": lambda: ((f(3), 0.0, 0.1), {}),
+    "conj_physical_": lambda: ((torch.complex(f(3), f(3)),), {}),
+    "abs_": lambda: ((f(3),), {}),
+    "nan_to_num_": lambda: ((torch.tensor([float("nan")]),), {}),
+    "random_": lambda: ((f(30), 100), {}),
+    "geometric_": lambda: ((f(30), 0.3), {}),
+    "alpha_dropout_": lambda: ((f(30), 0.5, True), {}),
+    "dropout_": lambda: ((f(30), 0.5, True), {}),
+    "feature_alpha_dropout_": lambda: ((f(30, 30, 2), 0.5, True), {}),
+    "feature_dropout_": lambda: ((f(30, 30, 2), 0.5, True), {}),
+    "rrelu_": lambda: ((f(30) - 2, 0.1, 0.9, True), {}),
+    "rrelu_with_noise_": lambda: ((f(30) - 2, torch.ones(30) * 9, 0.1, 0.9, True), {}),
+    "threshold_": lambda: ((f(3), 0.5, 7.0), {}),
+    "elu_": lambda: ((f(3),), {}),
+    "celu_": lambda: ((f(3),), {}),
+    "hardtanh_": lambda: ((f(3), -0.01, 0.01), {}),
+    "relu6_": lambda: ((f(3),), {}),
+    "embedding_renorm_": lambda: ((f(3, 3) + 5, INDEX, 0.5, 2.0), {}),
+    "_add_relu_": lambda: ((f(3), f(3) + 1), {}),
+    "_sobol_engine_initialize_state_": lambda: ((torch.zeros(2, 30, dtype=torch.long), 2), {}),
+    "_sobol_engine_scramble_": lambda: (
+        (
+            torch.arange(60).reshape(2, 30),
+            torch.tril(torch.ones(2, 30, 30, dtype=torch.long)),
+            2,
+        ),
+        {},
+    ),
+    "_sobol_engine_ff_": lambda: (
+        (torch.zeros(2, dtype=torch.long), 3, torch.ones(2, 30, dtype=torch.long), 2, 0),
+        {},
+    ),
+    "_amp_foreach_non_finite_check_and_unscale_": lambda: (
+        ([torch.tensor([1.0, float("inf")])], torch.zeros(1), torch.tensor([0.5])),
+        {},
+    ),
+    "_amp_update_scale_": lambda: (
+        (torch.tensor([8.0]), torch.zeros(1, dtype=torch.int32), torch.zeros(1), 2.0, 0.5, 1),
+        {},
+    ),
+    "_fused_sgd_": lambda: (
+        ([f(3)], [f(3)], [torch.ones(3)]),
+        {
+            "weight_decay": 0.1, "momentum": 0.9, "lr": 0.1, "dampening": 0.0,
+            "nesterov": False, "maximize": False, "is_first_step": False,
+        },
+    ),
+    "_fused_adagrad_": lambda: (
+        ([f(3)], [f(3)], [torch.ones(3)], [torch.ones(())]),
+        {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "eps": 1e-8, "maximize": False},
+    ),
+    "_fused_adam_": _adam,
+    "_fused_adamw_": _adam,
+    "_foreach_addcdiv_": lambda: (([f(3)], [f(3)], [f(3)], 2.0), {}),
+    "_foreach_addcmul_": lambda: (([f(3)], [f(3)], [f(3)], 2.0), {}),
+    "_foreach_lerp_": lambda: (([f(3)], [f(3) + 1], 0.5), {}),
+    "_foreach_pow_": lambda: (([f(3)], 3.0), {}),
+}  # fmt: skip
+
+
+def generic_calls(name: str) -> Iterator[Call]:
+    """Calls to try in turn: floats, then integers, then booleans, with none, one or two more arguments."""
+    if name.startswith("_foreach_"):
+        for value in (f(3), i(3)):
+            yield ([value.clone()],), {}
+            yield ([value.clone()], 2), {}
+            yield ([value.clone()], [value.clone() + 1]), {}
+        return
+    for make in (f, i, b):
+        first = make(3)
+        extras: list[tuple[Any, ...]] = [(), (make(3).flip(0),), (2,), (make(3), make(3).flip(0)), (2, 3)]
+        for extra in extras:
+            yield (first.clone(), *extra), {}
+
+
+#: Cannot be called on a small strided CPU tensor of this build: they need CUDA or a library's own layout.
+NOT_CALLED = {
+    "torch._fill_mem_eff_dropout_mask_",
+    "torch._mkldnn_transpose_",
+    "torch._philox_normal_",
+    "torch._philox_uniform_",
+    "Tensor._philox_normal_",
+    "Tensor._philox_uniform_",
+    "Tensor.__idiv__",
+}
+NOT_CALLED |= {name.replace("torch.", "_VF.") for name in NOT_CALLED if name.startswith("torch.")}
+
+
+class Seen:
+    """What one call was seen to do."""
+
+    def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+        tensors = list(itertools.chain.from_iterable(map(tensors_in, (*args, *kwargs.values()))))
+        before = [(tensor._version, tensor.detach().clone()) for tensor in tensors]
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            function(*args, **kwargs)
+        self.drew = not torch.equal(state, torch.get_rng_state())
+        self.moved = {id(t) for t, (version, _) in zip(tensors, before, strict=True) if t._version != version}
+        self.changed = {
+            id(t)
+            for t, (_, copy) in zip(tensors, before, strict=True)
+            if t.shape == copy.shape and not torch.equal(t.nan_to_num(nan=99.0), copy.nan_to_num(nan=99.0))
+        }
+
+
+def experiment(key: str) -> Seen | None:
+    """Make the first call that torch accepts and that changes something; None if it accepts none."""
+    function, _ = TABLE[key]
+    name = key.rpartition(".")[2]
+    calls = iter([SPECIAL[name]()]) if name in SPECIAL else generic_calls(name)
+    best = None
+    for args, kwargs in calls:
+        try:
+            seen = Seen(function, args, kwargs)
+        except (RuntimeError, TypeError, NotImplementedError, IndexError, ValueError):
+            continue
+        if seen.changed:
+            return seen
+        best = best or seen
+    return best
+
+
+_results: dict[str, Seen | None] = {}
+
+
+def result(key: str) -> Seen:
+    if key not in _results:
+        _results[key] = experiment(key)
+    seen = _results[key]
+    if seen is None:
+        assert key in NOT_CALLED, f"no call of {key} was accepted: give it one in SPECIAL"
+        pytest.skip("cannot be called on a small CPU tensor of this build")
+    return seen
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_the_version_moves_where_the_table_says_so(key: str) -> None:
+    writer = TABLE[key][1]
+    seen = result(key)
+    targets = {id(target) for target in writer.targets(seen.args, seen.kwargs)}
+    assert seen.moved <= targets
+    counted = {id(t) for t in writer.targets(seen.args, seen.kwargs) if writer.counts(t, seen.args, seen.kwargs)}
+    assert seen.changed & counted <= seen.moved, "memory changed and the version did not move"
+    assert seen.moved <= counted, "the version moves after all"
+    assert seen.changed or seen.moved
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_what_changes_is_among_the_targets(key: str) -> None:
+    writer = TABLE[key][1]
+    seen = result(key)
+    assert seen.changed <= {id(target) for target in writer.targets(seen.args, seen.kwargs)}
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_it_calls_back_where_the_table_says_so(key: str) -> None:
+    """These must not be called twice: their rehearsal is the call."""
+    takes_a_function = any(callable(arg) and not isinstance(arg, torch.Tensor) for arg in result(key).args)
+    assert TABLE[key][1].calls_back is takes_a_function
+
+
+#: Drawing is not told by the table: every rehearsal puts the generators back.
+DRAWING = {"bernoulli_", "cauchy_", "dropout_", "exponential_", "normal_", "random_", "rrelu_", "uniform_"}
+
+
+@pytest.mark.parametrize("key", [key for key in TABLE if TABLE[key][1].moves_counter])
+def test_a_rehearsal_draws_nothing_and_the_call_draws_what_it_would(key: str) -> None:
+    """Under ``Guard("record")`` on an alias of a live save: same values, same state of the generator."""
+    seen = result(key)
+    function, _ = TABLE[key]
+    name = key.rpartition(".")[2]
+    if name in DRAWING:
+        assert seen.drew
+    if not seen.drew:
+        pytest.skip("draws no random numbers")
+
+    space = key.partition(".")[0]
+    patched = torch._VF if space == "_VF" else SPACES[space]
+
+    def program(guarded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        args, kwargs = SPECIAL[name]() if name in SPECIAL else ((f(30),), {})
+        save = args[0].requires_grad_()
+        loss = (save * save).sum()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            writing = getattr(patched, name) if guarded else function
+            writing(save.data, *args[1:], **kwargs)
+        return save.detach().clone() + 0 * loss.detach(), torch.get_rng_state()
+
+    plain = program(False)
+    with Guard("record") as guard:
+        guarded = program(True)
+    assert len(guard.violations) == 1
+    assert all(map(torch.equal, plain, guarded))
+
+
+def test_almost_everything_was_called() -> None:
+    """The three tests above skip what they cannot call: that must stay a handful."""
+    keys = [key for key in TABLE if key in _results] or list(TABLE)
+    uncalled = {key for key in keys if _results.get(key, experiment(key)) is None}
+    assert uncalled <= NOT_CALLED
+    unchanged = {key for key in keys if (seen := _results.get(key)) is not None and not seen.changed}
+    assert len(unchanged) <= 0.05 * len(keys), unchanged
+
+
+# ---- completeness -------------------------------------------------------------------------------------------------
+
+
+#: Python's, from its data model.
+IN_PLACE_OPERATORS = {
+    f"__i{name}__"
+    for name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift concat".split()
+}
+
+
+def overridable() -> set[str]:
+    """Names of torch's functions that say, by their name, that they work in place."""
+    return {
+        function.__name__
+        for functions in torch.overrides.get_overridable_functions().values()
+        for function in functions
+        if (function.__name__.endswith("_") and not function.__name__.endswith("__"))
+        or function.__name__ == "__setitem__"
+        or function.__name__ in IN_PLACE_OPERATORS
+    }
+
+
+#: What a tensor is changes, not what is in its memory. ``detach_`` has a patch of its own.
+METADATA: dict[str, Callable[[torch.Tensor], Any]] = {
+    "as_strided_": lambda x: x.as_strided_((2, 2), (1, 2)),
+    "detach_": lambda x: x.detach_(),
+    "requires_grad_": lambda x: x.requires_grad_(),
+    "resize_": lambda x: x.resize_(2, 2),
+    "resize_as_": lambda x: x.resize_as_(torch.ones(2)),
+    "set_": lambda x: x.set_(torch.ones(3)),
+    "share_memory_": lambda x: x,  # moves the memory elsewhere, see below
+    "squeeze_": lambda x: x.squeeze_(),
+    "swapaxes_": lambda x: x.swapaxes_(0, 1),
+    "swapdims_": lambda x: x.swapdims_(0, 1),
+    "t_": lambda x: x.t_(),
+    "transpose_": lambda x: x.transpose_(0, 1),
+    "unsqueeze_": lambda x: x.unsqueeze_(0),
+    "rename_": lambda x: x.rename_(None),
+}
+SPARSE_ONLY = {"_coalesced_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_"}
+NO_MEMORY_OF_THEIR_OWN = set(METADATA) | SPARSE_ONLY
+
+
+def test_every_in_place_name_of_torch_is_in_the_table_or_writes_no_memory() -> None:
+    known = {key.partition(".")[2] for key in TABLE}
+    assert overridable() - known <= NO_MEMORY_OF_THEIR_OWN
+
+
+def test_nothing_that_is_in_the_table_is_called_harmless_here() -> None:
+    assert not {key.partition(".")[2] for key in TABLE} & NO_MEMORY_OF_THEIR_OWN
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_what_the_table_leaves_out_writes_no_memory(name: str) -> None:
+    if not hasattr(torch.Tensor, name):
+        pytest.skip("this torch has no such method")
+    memory = f(4, 3)
+    before = memory.clone()
+    METADATA[name](memory.detach())
+    assert torch.equal(memory, before)
+    assert writer_of(name) is None
+
+
+def test_share_memory_keeps_every_value() -> None:
+    tensor = f(4, 3)
+    before = tensor.clone()
+    tensor.share_memory_()
+    assert torch.equal(tensor, before)
+
+
+def test_in_place_operators_are_all_there() -> None:
+    known = {key.removeprefix("Tensor.") for key in TABLE if key.startswith("Tensor.")}
+    assert {name for name in IN_PLACE_OPERATORS if hasattr(torch.Tensor, name)} <= known
+    assert "__setitem__" in known
+
+
+# ---- schemas ------------------------------------------------------------------------------------------------------
+
+
+def operators() -> Iterator[Any]:
+    for name in dir(torch.ops.aten):
+        packet = getattr(torch.ops.aten, name)
+        if isinstance(packet, torch._ops.OpOverloadPacket):
+            for overload in packet.overloads():
+                yield getattr(packet, overload)
+
+
+def mutated(operator: Any) -> dict[int, str]:
+    return {
+        position: argument.name
+        for position, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+
+
+def on_tensors(operator: Any, position: int) -> bool:
+    return "Tensor" in str(operator._schema.arguments[position].type)
+
+
+def test_every_argument_that_a_schema_mutates_is_listed() -> None:
+    by_name = {key.partition(".")[2]: writer for key, (_, writer) in TABLE.items()}
+    checked = 0
+    for operator in operators():
+        name = operator._schema.name.rpartition("::")[2]
+        if name in by_name and operator._overloadname.find("out") < 0:
+            expected = {(p, n) for p, n in mutated(operator).items() if on_tensors(operator, p)}
+            assert expected <= set(by_name[name].written), str(operator)
+            checked += 1
+    assert checked > 250
+
+
+def test_every_operator_that_mutates_has_a_writer() -> None:
+    """``torch.ops``, as ``every_call=True`` sees it: exactly the arguments that the schema marks."""
+    checked = 0
+    for operator in operators():
+        expected = {(p, n) for p, n in mutated(operator).items() if on_tensors(operator, p)}
+        name = operator._schema.name.rpartition("::")[2]
+        writer = writer_of_operator(operator)
+        if not expected:
+            assert writer is None or not any(on_tensors(operator, p) for p, _ in writer.written)
+        elif torch.Tag.inplace_view in operator.tags or name in NO_MEMORY_OF_THEIR_OWN | {"_resize_output_"}:
+            assert writer is None, str(operator)
+        else:
+            assert writer is not None, str(operator)
+            assert set(writer.written) == expected, str(operator)
+            checked += 1
+    assert checked > 1000
+
+
+def test_a_packet_has_the_writer_of_its_overloads() -> None:
+    """``torch.ops.aten.add_``: which overload will be called is not known yet."""
+    checked = 0
+    for name in dir(torch.ops.aten):
+        packet = getattr(torch.ops.aten, name)
+        if not isinstance(packet, torch._ops.OpOverloadPacket) or not writers_of_overloads(packet):
+            continue
+        writer = writer_of_operator(packet)
+        assert writer is not None, name
+        expected = set().union(*(set(w.written) for w in writers_of_overloads(packet)))
+        assert expected <= set(writer.written), name
+        checked += 1
+    assert checked > 150
+    assert writer_of_operator(torch.ops.aten.add) is None
+    assert writer_of_operator(torch.ops.aten.add_) == writer_of_operator(torch.ops.aten.add_.Tensor)
+
+
+def writers_of_overloads(packet: Any) -> list[Writer]:
+    """Of the overloads on tensors that write, those with ``out=`` excepted: the keyword gives them away."""
+    found = []
+    for overload in packet.overloads():
+        operator = getattr(packet, overload)
+        written = mutated(operator)
+        if any(operator._schema.arguments[p].kwarg_only for p in written):
+            continue
+        if any(on_tensors(operator, p) for p in written) and (writer := writer_of_operator(operator)):
+            found.append(writer)
+    return found
+
+
+# ---- finding and replacing the targets ----------------------------------------------------------------------------
+
+
+def test_targets_are_found_by_position_and_by_keyword() -> None:
+    x, y = f(3), f(3)
+    add = writer_of("add_")
+    assert add is not None
+    assert [t is x for t in add.targets((x, y), {})] == [True]
+    assert [t is x for t in add.targets((), {"self": x, "other": y})] == [True]
+    assert [t is x for t in add.targets((), {"input": x})] == [True]
+
+
+def test_targets_in_lists_and_several_arguments() -> None:
+    args, kwargs = _adam()
+    adam = TABLE["torch._fused_adam_"][1]
+    # params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs as the schema has them: the steps as well, or not.
+    found = {id(target) for target in adam.targets(args, kwargs)}
+    assert {id(member) for part in args[:5] for member in part} <= found
+    names = ["self", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"]
+    assert {id(t) for t in adam.targets((), {**dict(zip(names, args, strict=True)), **kwargs})} == found
+
+
+def test_out_is_a_target() -> None:
+    x, y = f(3), f(3)
+    assert [t is x for t in OUT.targets((y,), {"out": x})] == [True]
+    assert [t is t2 for t, t2 in zip(OUT.targets((y,), {"out": (x, y)}), (x, y), strict=True)] == [True, True]
+
+
+def test_substitution_replaces_the_written_arguments_only() -> None:
+    x, y, copy = f(3), f(3), f(3)
+    add = writer_of("add_")
+    assert add is not None
+    args, kwargs = add.substituted((x, x), {"alpha": 2}, {id(x): copy})
+    assert args[0] is copy
+    assert args[1] is x
+    assert kwargs == {"alpha": 2}
+    args, kwargs = OUT.substituted((y, x), {"out": x}, {id(x): copy})
+    assert args[0] is y
+    assert args[1] is x
+    assert kwargs["out"] is copy
+
+
+def test_titles_read_as_the_program_does() -> None:
+    titles = {
+        name: writer.title for name in ("add_", "__iadd__", "__setitem__") if (writer := writer_of(name))
+    }
+    assert titles == {"add_": "add_()", "__iadd__": "+=", "__setitem__": "x[i] = v"}
+    for key, (_, writer) in TABLE.items():
+        assert not writer.title.startswith("__"), key
+
+
+def test_readers_are_no_writers() -> None:
+    for name in ("add", "sigmoid", "clone", "detach", "__init__", "__getitem__", "__add__", "numpy"):
+        assert writer_of(name) is None
+    assert _writers.writers_in(torch, ["add", "relu"]) == {}
