@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import torchguard
 from torchguard import _hooks, _intercept, _policy
 
 #: Everything that a guard patches something in.

@@ -282,13 +282,13 @@ def test_an_interrupt_right_after_a_patch_restores_that_one_too(part: float, fou
         (_hooks, "push"),
         (_torch, "push_hooks"),
         (_torch, "enter_script_name"),
-        (_intercept, "push_mode"),
+        (_intercept, "see_every_call"),
     ],
 )
 def test_a_failure_of_any_step_of_entering_restores_all(
     owner: Any, name: str, every_call: bool, found: TakeDown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "push_mode" and not every_call:
+    if name == "see_every_call" and not every_call:
         pytest.skip("not called")
     with strict():
         pass

@@ -1,7 +1,5 @@
 """Do torch.fx, make_fx and TorchScript trace, script, save and run the same with the guard on as off?"""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -287,7 +285,7 @@ def test_trace() -> Any:
     traced = torch.jit.trace(module, torch.randn(2, 3))
     reads = torch.jit.trace(ReadsData(), torch.randn(2, 3))
     x = torch.randn(2, 3)
-    return [traced.code, traced(x), _saved(traced)(x), reads.code, reads(x)]
+    return [_operations(traced), traced(x), _saved(traced)(x), _operations(reads), reads(x)]
 
 
 @transparent

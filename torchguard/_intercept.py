@@ -408,15 +408,19 @@ def _restore() -> None:
         patch.restore()
 
 
-def push_mode() -> Override:
-    """See every call of this thread (``every_call=True``)."""
-    mode = Override()
-    _torch.push_function_mode(mode)
-    _policy.state.every_call += 1
-    return mode
+def see_every_call() -> None:
+    """See every call of this thread (``every_call=True``), until as many :func:`see_patched_calls`."""
+    state = _policy.state
+    if state.every_call == 0:
+        state.mode = Override()
+        _torch.push_function_mode(state.mode)
+    state.every_call += 1
 
 
-def remove_mode(mode: Override) -> None:
-    """Take the mode off this thread's stack, wherever it lies on it."""
-    _torch.remove_function_mode(mode)
-    _policy.state.every_call -= 1
+def see_patched_calls() -> None:
+    """Take back :func:`see_every_call`: the mode goes with the last one, wherever it lies on the stack."""
+    state = _policy.state
+    state.every_call -= 1
+    if state.every_call == 0:
+        _torch.remove_function_mode(state.mode)
+        state.mode = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -120,19 +121,29 @@ def overwrite(tensor: torch.Tensor, memory: torch.Tensor) -> None:
 @contextmanager
 def same_random_numbers(targets: Iterable[torch.Tensor], generator: torch.Generator | None) -> Iterator[None]:
     """Put the random number generators that a call on ``targets`` draws from back to where they were."""
-    put_back: list[Callable[[], Any]] = [partial(torch.set_rng_state, torch.get_rng_state())]
-    if generator is not None:
-        put_back.append(partial(generator.set_state, generator.get_state()))
-    put_back += [
-        partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
-        for device in {target.device for target in targets}
-        if device.type == "cuda"
-    ]
+    devices = {target.device for target in targets}
+    put_back: list[Callable[[], Any]] = []
+    # One at a time: torch asks for a generator's lock while it holds the interpreter's, and another thread that
+    # is asking for the state may hold the generator's and wait for the interpreter's.
+    with _asking_for_states:
+        if devices:
+            put_back.append(partial(torch.set_rng_state, torch.get_rng_state()))
+            if generator is not None:
+                put_back.append(partial(generator.set_state, generator.get_state()))
+        put_back += [
+            partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+            for device in devices
+            if device.type == "cuda"
+        ]
     try:
         yield
     finally:
-        for restore in put_back:
-            restore()
+        with _asking_for_states:
+            for restore in put_back:
+                restore()
+
+
+_asking_for_states = threading.Lock()
 
 
 def changed_bytes(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,8 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.guards: list[Respondent] = []
         self.reasons: list[str] = []
-        self.every_call = 0
+        self.every_call = 0  # guards of this thread that see every call
+        self.mode: Any = None  # and the function mode that shows it to them
 
 
 state = _ThreadState()

@@ -56,6 +56,19 @@ _METADATA_ONLY = frozenset(
     }
 )
 
+#: These draw random numbers and do not carry torch's tag for it.
+_DRAW = frozenset(
+    {
+        "alpha_dropout_",
+        "dropout_",
+        "feature_alpha_dropout_",
+        "feature_dropout_",
+        "rrelu_",
+        "rrelu_with_noise_",
+        "_fill_mem_eff_dropout_mask_",
+    }
+)
+
 #: These call a function of the user's, which must not be called twice.
 _CALL_BACK = frozenset({"apply_", "map_", "map2_"})
 
@@ -89,12 +102,14 @@ class Writer:
         written: position and keyword of each argument that it writes to.
         moves_counter: whether the written tensor's version moves.
         calls_back: whether it calls a function of the user's.
+        draws: whether it draws random numbers.
     """
 
     name: str
     written: tuple[tuple[int, str], ...] = ((0, "self"),)
     moves_counter: bool = True
     calls_back: bool = False
+    draws: bool = False
 
     @property
     def title(self) -> str:
@@ -179,18 +194,22 @@ def writer_of(name: str) -> Writer | None:
     if not _can_write(name) or name in _METADATA_ONLY:
         return None
     written: dict[int, str] = {}
+    draws = name in _DRAW
     for schema in _torch.schemas_of(name):
         for position, argument in enumerate(schema.arguments):
             info = argument.alias_info
             if info is not None and info.is_write and "Tensor" in str(argument.type):
                 written[position] = argument.name
-        if torch.Tag.inplace_view in _tags(name, schema.overload_name):
+        tags = _tags(name, schema.overload_name)
+        if torch.Tag.inplace_view in tags:
             return None
+        draws = draws or torch.Tag.nondeterministic_seeded in tags
     return Writer(
         name,
         tuple(sorted(written.items())) or ((0, "self"),),
         moves_counter=name not in _MOVE_NO_COUNTER,
         calls_back=name in _CALL_BACK,
+        draws=draws,
     )
 
 
@@ -238,7 +257,8 @@ def writer_of_operator(operator: Any) -> Writer | None:
     if name in _METADATA_ONLY or any(torch.Tag.inplace_view in overload.tags for overload in overloads):
         return None
     places = tuple(sorted((position, argument) for argument, position in written.items()))
-    return Writer(name, places, name not in _MOVE_NO_COUNTER)
+    draws = any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
+    return Writer(name, places, name not in _MOVE_NO_COUNTER, draws=draws or name in _DRAW)
 
 
 #: ``out=``: whatever the function is, this is what it writes to.

@@ -26,7 +26,7 @@ from torchguard._violation import (
     SavedTensorCorruptionWarning,
     Violation,
 )
-from torchguard._writers import Writer
+from torchguard._writers import OUT, Writer
 
 #: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
 _TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
@@ -235,7 +235,9 @@ def _rehearse(
 ) -> dict[int, _Rehearsal]:
     """What the call changes, for each tensor that it writes to (by id)."""
     targets = writer.targets(args, kwargs)
-    with _torch.hidden(), _memory.same_random_numbers(targets, kwargs.get("generator")):
+    # An out= call is not asked whether it draws: it may be any function.
+    draws = writer.draws or writer is OUT
+    with _torch.hidden(), _memory.same_random_numbers(targets if draws else (), kwargs.get("generator")):
         if any(target.is_conj() or target.is_neg() or target.is_quantized for target in targets):
             # The copy would not be such a tensor: count every element that the call is given.
             return {id(target): _Rehearsal(_memory.reach(target), _address(target)) for target in targets}

@@ -127,7 +127,7 @@ class Guard(_Block):
         self.findings = Findings()
         self._state: Literal["new", "entered", "left"] = "new"
         self._pair: Any = None
-        self._mode: Any = None
+        self._sees_every_call = False
         self._thread = 0
 
     def __repr__(self) -> str:
@@ -152,7 +152,8 @@ class Guard(_Block):
             _policy.enter(self)
             self._pair = _hooks.push()
             if self.every_call:
-                self._mode = _intercept.push_mode()
+                _intercept.see_every_call()
+                self._sees_every_call = True
         except BaseException:
             self._leave()
             raise
@@ -168,9 +169,9 @@ class Guard(_Block):
         self._leave()
 
     def _leave(self) -> None:
-        if self._mode is not None:
-            _intercept.remove_mode(self._mode)
-            self._mode = None
+        if self._sees_every_call and self._thread == threading.get_ident():
+            _intercept.see_patched_calls()
+            self._sees_every_call = False
         if self._pair is not None:
             if self._thread == threading.get_ident():
                 _hooks.remove(self._pair)
