@@ -277,7 +277,8 @@ def test_a_rehearsal_draws_nothing_and_the_call_draws_what_it_would(key: str) ->
         pytest.skip("draws no random numbers")
 
     space = key.partition(".")[0]
-    patched = torch._VF if space == "_VF" else SPACES[space]
+    def where_programs_look_it_up() -> Any:
+        return {"_VF": torch._VF, "_nn": torch._C._nn}.get(space, SPACES[space])
 
     def program(guarded: bool) -> tuple[torch.Tensor, torch.Tensor]:
         args, kwargs = SPECIAL[name]() if name in SPECIAL else ((f(30),), {})
@@ -285,7 +286,7 @@ def test_a_rehearsal_draws_nothing_and_the_call_draws_what_it_would(key: str) ->
         loss = (save * save).sum()
         torch.manual_seed(3)
         with torch.no_grad():
-            writing = getattr(patched, name) if guarded else function
+            writing = getattr(where_programs_look_it_up(), name) if guarded else function
             writing(save.data, *args[1:], **kwargs)
         return save.detach().clone() + 0 * loss.detach(), torch.get_rng_state()
 
@@ -442,6 +443,8 @@ def test_a_packet_has_the_writer_of_its_overloads() -> None:
         if not isinstance(packet, torch._ops.OpOverloadPacket) or not writers_of_overloads(packet):
             continue
         writer = writer_of_operator(packet)
+        if name == "sort":
+            continue  # its in-place overloads sort Python lists
         assert writer is not None, name
         expected = set().union(*(set(w.written) for w in writers_of_overloads(packet)))
         assert expected <= set(writer.written), name
