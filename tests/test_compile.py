@@ -43,14 +43,14 @@ def in_place(x: torch.Tensor) -> torch.Tensor:
     y = x * 2
     y.add_(1)
     y += x
-    torch.relu_(y)
     y[0] = 1
+    torch.relu_(y)
     return F.relu(y * x, inplace=True).sigmoid()
 
 
 def inplace_functionals(x: torch.Tensor) -> torch.Tensor:
     y = F.elu(x * 1, inplace=True)
-    return F.hardtanh(F.leaky_relu_(y * 2), inplace=True) * x
+    return F.hardtanh(F.leaky_relu_(y * 2) * 1, inplace=True) * x
 
 
 def reads_data(x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def breaks(x: torch.Tensor) -> torch.Tensor:
 def views(x: torch.Tensor) -> torch.Tensor:
     y = x.t() * 1
     y[1:].mul_(2)
-    return y.view(-1)[::2].exp()
+    return y.reshape(-1)[::2].exp()
 
 
 def checkpointed(x: torch.Tensor) -> torch.Tensor:

@@ -321,6 +321,20 @@ def test_asking_for_one_live_save_takes_the_same_steps_however_many_have_died() 
     assert cost(lambda: ledger.in_storage(0)) <= few + 100
 
 
+@pytest.mark.parametrize("storages", [1, 20_000])
+def test_whether_any_save_is_alive_takes_few_steps_though_many_have_died(storages: int) -> None:
+    """Asked before every write: twenty thousand saves died since they were filed, the last one lives."""
+    ledger = new()
+    alive = [Entry(n % storages, (8 * n, 8 * n + 8, False)) for n in range(20_000)]
+    for entry in alive:
+        ledger.add(entry)
+    assert ledger
+    del alive[:-1], entry
+    assert ledger  # may clear up
+    assert cost(lambda: bool(ledger)) < 300
+    assert len(alive) == 1
+
+
 def test_filing_takes_a_flat_number_of_steps_a_save() -> None:
     def each(saves: int) -> float:
         ledger = new()
@@ -382,6 +396,36 @@ def test_four_threads_use_one_ledger() -> None:
     assert len(ledger) == 0
 
 
+def test_a_save_that_another_thread_is_filing_is_found() -> None:
+    """Between the queue and the index it must not be in neither: a write at that moment would be let through."""
+    filing, on = threading.Event(), threading.Event()
+
+    class Slow:
+        extent = (0, 8, False)
+
+        @property
+        def storage(self) -> int:
+            if threading.current_thread() is filer:
+                filing.set()
+                on.wait(20)
+            return 7
+
+    ledger = new()
+    entry = Slow()
+    ledger.add(entry)  # type: ignore[arg-type]
+    filer = threading.Thread(target=ledger.file)
+    filer.start()
+    filing.wait(20)
+    timer = threading.Timer(0.2, on.set)
+    timer.start()
+    try:
+        assert ledger.in_storage(7) == [entry]
+    finally:
+        on.set()
+        filer.join()
+        timer.join()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_forked_while_another_thread_holds_the_lock_goes_on() -> None:
@@ -395,7 +439,7 @@ def test_a_child_forked_while_another_thread_holds_the_lock_goes_on() -> None:
     def hold() -> None:
         with ledger._lock:
             held.set()
-            done.wait(20)
+            done.wait(0.3)  # whether the fork waits for it or not
 
     thread = threading.Thread(target=hold)
     thread.start()

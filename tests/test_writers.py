@@ -241,7 +241,9 @@ def test_the_version_moves_where_the_table_says_so(key: str) -> None:
     seen = result(key)
     targets = {id(target) for target in writer.targets(seen.args, seen.kwargs)}
     assert seen.moved <= targets
-    counted = {id(t) for t in writer.targets(seen.args, seen.kwargs) if writer.counts(t, seen.args, seen.kwargs)}
+    counted = {
+        id(t) for t in writer.targets(seen.args, seen.kwargs) if writer.counts(t, seen.args, seen.kwargs)
+    }
     assert seen.changed & counted <= seen.moved, "memory changed and the version did not move"
     assert seen.moved <= counted, "the version moves after all"
     assert seen.changed or seen.moved
@@ -277,6 +279,7 @@ def test_a_rehearsal_draws_nothing_and_the_call_draws_what_it_would(key: str) ->
         pytest.skip("draws no random numbers")
 
     space = key.partition(".")[0]
+
     def where_programs_look_it_up() -> Any:
         return {"_VF": torch._VF, "_nn": torch._C._nn}.get(space, SPACES[space])
 
@@ -293,7 +296,10 @@ def test_a_rehearsal_draws_nothing_and_the_call_draws_what_it_would(key: str) ->
     plain = program(False)
     with Guard("record") as guard:
         guarded = program(True)
-    assert len(guard.violations) == 1
+    args, _ = SPECIAL[name]() if name in SPECIAL else ((f(30),), {})
+    assert len(guard.violations) == int(not torch.equal(plain[0], args[0])), (
+        "a write that changes nothing is none"
+    )
     assert all(map(torch.equal, plain, guarded))
 
 
@@ -312,7 +318,7 @@ def test_almost_everything_was_called() -> None:
 #: Python's, from its data model.
 IN_PLACE_OPERATORS = {
     f"__i{name}__"
-    for name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift concat".split()
+    for name in ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "concat"]
 }
 
 

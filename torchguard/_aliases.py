@@ -230,7 +230,11 @@ class Aliases:
             del self.young[storage]
         records = self.by_storage.get(storage)
         if records is not None:
-            self.by_storage[storage] = [record for record in records if record() is not tensor]
+            kept = [record for record in records if record() is not tensor]
+            if kept:
+                self.by_storage[storage] = kept
+            else:
+                del self.by_storage[storage]
 
     def settle(self, storage: int) -> None:
         """A write into this storage has been judged: what moved by it is expected."""

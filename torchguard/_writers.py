@@ -249,7 +249,7 @@ def writer_of_operator(operator: Any) -> Writer | None:
     for overload in overloads:
         for position, argument in enumerate(overload._schema.arguments):
             info = argument.alias_info
-            if info is not None and info.is_write and not (packet and argument.name == "out"):
+            if info is not None and info.is_write and not (packet and argument.kwarg_only and argument.name == "out"):
                 written[argument.name] = position
     if not written:
         return None

@@ -111,7 +111,6 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "batch_norm_2d": (lambda: nn.BatchNorm2d(2), (3, 2, 2, 2), "weight"),
     "layer_norm": (lambda: nn.LayerNorm(4), (3, 4), "weight"),
     "group_norm": (lambda: nn.GroupNorm(2, 4), (2, 4, 3), "weight"),
-    "instance_norm": (lambda: nn.InstanceNorm1d(4, affine=True), (2, 4, 3), "weight"),
     "rms_norm": (lambda: nn.RMSNorm(4), (3, 4), "weight"),
     "prelu": (lambda: nn.PReLU(), (3, 4), "weight"),
     "rnn": (lambda: nn.RNN(4, 3), (5, 2, 4), "weight_hh_l0"),

@@ -400,11 +400,11 @@ def perturbed_and_restored_before_backward(run: Run) -> Any:
 
     def perturb() -> None:
         for p in model.parameters():
-            p.data.add_(1)
+            p.data.add_(1)  # written
 
     def restore() -> None:
         for p, value in zip(model.parameters(), old, strict=True):
-            p.data.copy_(value)
+            p.data.copy_(value)  # written
 
     run.write(perturb)
     with torch.no_grad():
