@@ -53,19 +53,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all of them"
-    )
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all of them")
     options = parser.parse_args()
     unknown = [name for name in options.workloads if name not in WORKLOADS]
     if unknown:
         parser.error(f"no workload {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
     torch.set_num_threads(1)
-    name = (
-        torch.cuda.get_device_name()
-        if options.device == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {name}, one thread")
     modes = [mode for mode in MODES if mode != "bare"]
     print("| workload | bare, µs | " + " | ".join(modes) + " | noise |")

@@ -100,9 +100,7 @@ def train(agent: Agent, images: Tensor, labels: Tensor, mistake: bool) -> tuple[
 
 
 def main(argv: Sequence[str] | None = None) -> _common.Run:
-    args = _common.arguments(
-        __doc__, argv, steps=600, mistake="update the actor between its backward and the critic's"
-    )
+    args = _common.arguments(__doc__, argv, steps=600, mistake="update the actor between its backward and the critic's")
     _common.make_repeatable(args.seed)
     images, labels = _common.digits()
     agent = make_agent()
@@ -112,9 +110,7 @@ def main(argv: Sequence[str] | None = None) -> _common.Run:
     with GUARDS[args.guard]():
         for step in range(args.steps):
             if args.measures(step):
-                errors.append(
-                    _common.gradient_error(agent, lambda agent: train(agent, images, labels, args.mistake))
-                )
+                errors.append(_common.gradient_error(agent, lambda agent: train(agent, images, labels, args.mistake)))
             actor_loss, critic_loss, reward = train(agent, images, labels, args.mistake)
             losses.add(step, actor=actor_loss, critic=critic_loss, reward=reward)
 

@@ -111,9 +111,7 @@ def main(argv: Sequence[str] | None = None) -> _common.Run:
     with GUARDS[args.guard]():
         for step in range(args.steps):
             if args.measures(step):
-                errors.append(
-                    _common.gradient_error(model, lambda model: train(model, images, labels, args.mistake))
-                )
+                errors.append(_common.gradient_error(model, lambda model: train(model, images, labels, args.mistake)))
             classification, consistency = train(model, images, labels, args.mistake)
             losses.add(step, classification=classification, consistency=consistency)
 

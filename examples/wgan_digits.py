@@ -39,9 +39,7 @@ LEARNING_RATE = 5e-3
 
 
 def make_critic() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Linear(128, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1)
-    )
+    return nn.Sequential(nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Linear(128, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
 
 
 def make_generator() -> nn.Module:
@@ -103,9 +101,7 @@ def main(argv: Sequence[str] | None = None) -> _common.Run:
     with GUARDS[args.guard]():
         for step in range(args.steps):
             if args.measures(step):
-                errors.append(
-                    _common.gradient_error(gan, lambda gan: train_critic(gan, images, args.mistake))
-                )
+                errors.append(_common.gradient_error(gan, lambda gan: train_critic(gan, images, args.mistake)))
             for _ in range(CRITIC_STEPS):
                 critic_loss = train_critic(gan, images, args.mistake)
             generator_loss = train_generator(gan)

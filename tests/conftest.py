@@ -35,9 +35,7 @@ def _contents(owner: Any) -> dict[Any, Any]:
     # torch enters operators here as they are first asked for: what counts is what the guard enters, and its originals.
     wrappers = [wrapper for wrapper, _ in _intercept._script_names]
     relevant = {id(wrapper) for wrapper in wrappers} | {id(wrapper.__wrapped__) for wrapper in wrappers}
-    return {
-        key: value for key, value in (torch.jit._builtins._builtin_table or {}).items() if key in relevant
-    }
+    return {key: value for key, value in (torch.jit._builtins._builtin_table or {}).items() if key in relevant}
 
 
 with torchguard.strict():

@@ -590,9 +590,7 @@ class _Told:
             assert violation.elements in counts, f"{self.case}: {violation.elements} elements, not {counts}"
         assert 0 < violation.elements <= violation.of
         aliased = violation.aliased
-        assert aliased is None or "data" in aliased.source, (
-            f"{self.case}: {aliased} takes no alias: {aliased.source!r}"
-        )
+        assert aliased is None or "data" in aliased.source, f"{self.case}: {aliased} takes no alias: {aliased.source!r}"
 
 
 def _lies_in(place: Any, function: Callable[..., Any]) -> bool:
@@ -618,7 +616,15 @@ def _same_file(a: str, b: str) -> bool:
     return os.path.abspath(a) == os.path.abspath(b)
 
 
-_NAMESPACES = (torch.Tensor, torch, torch.nn.functional, torch._C._nn, torch._VF, torch._C._autograd, torch._C._TensorBase)
+_NAMESPACES = (
+    torch.Tensor,
+    torch,
+    torch.nn.functional,
+    torch._C._nn,
+    torch._VF,
+    torch._C._autograd,
+    torch._C._TensorBase,
+)
 
 
 def _torch_as_it_is() -> Any:

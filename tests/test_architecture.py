@@ -55,11 +55,7 @@ def imports(tree: ast.AST, type_checking: bool = True) -> set[str]:
     skipped: set[ast.AST] = set()
     if not type_checking:
         for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.If)
-                and isinstance(node.test, ast.Name)
-                and node.test.id == "TYPE_CHECKING"
-            ):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
                 skipped |= {inner for statement in node.body for inner in ast.walk(statement)}
     found = set()
     for node in ast.walk(tree):
@@ -78,11 +74,7 @@ def imports(tree: ast.AST, type_checking: bool = True) -> set[str]:
 
 
 def ours(name: str, type_checking: bool = True) -> set[str]:
-    return {
-        dotted.split(".")[1]
-        for dotted in imports(TREES[name], type_checking)
-        if dotted.startswith("torchguard.")
-    }
+    return {dotted.split(".")[1] for dotted in imports(TREES[name], type_checking) if dotted.startswith("torchguard.")}
 
 
 def test_the_table_has_every_module() -> None:
@@ -137,7 +129,7 @@ def test_only_the_standard_library_torch_and_wrapt_are_imported() -> None:
                 assert root in ("torch", "torchguard") or root in sys.stdlib_module_names, (name, dotted)
 
 
-# ---- private names ------------------------------------------------------------------------------------------------
+# ---- private names -----------------------------------------------------------------------------------------
 
 
 def is_private(attribute: str) -> bool:
@@ -163,17 +155,9 @@ def private_names_of_torch(tree: ast.AST) -> list[str]:
             private = [alias.name for alias in node.names if is_private(alias.name)]
             if private or any(map(is_private, node.module.split("."))):
                 found.append(f"line {node.lineno}: from {node.module} import {', '.join(private)}")
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id in ("getattr", "hasattr")
-        ):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
             target, attribute = (chain(node.args[0]) or [getattr(node.args[0], "id", "")]), node.args[1]
-            if (
-                target[0] == "torch"
-                and isinstance(attribute, ast.Constant)
-                and is_private(str(attribute.value))
-            ):
+            if target[0] == "torch" and isinstance(attribute, ast.Constant) and is_private(str(attribute.value)):
                 found.append(f"line {node.lineno}: {attribute.value} of torch")
     return found
 
@@ -209,7 +193,7 @@ def test_private_names_of_our_own_modules_stay_in_them(name: str) -> None:
     assert found == []
 
 
-# ---- how a module opens -------------------------------------------------------------------------------------------
+# ---- how a module opens ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
@@ -233,11 +217,7 @@ def public(body: list[ast.stmt]) -> list[Any]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_everything_public_is_documented(name: str) -> None:
-    missing = [
-        f"{node.name} in line {node.lineno}"
-        for node in public(TREES[name].body)
-        if not ast.get_docstring(node)
-    ]
+    missing = [f"{node.name} in line {node.lineno}" for node in public(TREES[name].body) if not ast.get_docstring(node)]
     assert missing == []
 
 
@@ -245,15 +225,10 @@ def test_names_only_in_init() -> None:
     body = TREES["__init__"].body
     assert all(isinstance(node, (ast.Expr, ast.ImportFrom, ast.Import, ast.Assign)) for node in body)
     listed = next(
-        node.value
-        for node in body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+        node.value for node in body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
     )
     names = ast.literal_eval(listed)
     assert names == sorted(names)
     assert set(names) == {
-        alias.asname or alias.name
-        for node in body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names
     }

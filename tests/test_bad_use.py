@@ -24,9 +24,7 @@ def spent() -> None:
         pass
 
 
-NEEDS_REASON = (
-    'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
-)
+NEEDS_REASON = 'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
 
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown action": (

@@ -96,9 +96,7 @@ def test_a_guard_that_speaks_too_late_fails_where_memory_must_not_change(case: P
 
 
 @pytest.mark.parametrize("case", sample("refused"), ids=str)
-def test_a_guard_that_lets_pass_what_pytorch_refuses_fails(
-    case: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_guard_that_lets_pass_what_pytorch_refuses_fails(case: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """Save hooks alone do that: PyTorch's own check is off under them."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
     with hooks:

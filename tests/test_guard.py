@@ -56,7 +56,7 @@ def is_watched() -> bool:
     return False
 
 
-# ---- ways out -----------------------------------------------------------------------------------------------------
+# ---- ways out ----------------------------------------------------------------------------------------------
 
 
 def normally(guard: Guard) -> None:
@@ -221,7 +221,7 @@ def test_two_hundred_guards_leave_nothing(found: TakeDown) -> None:
     assert len(gc.get_objects()) - objects < 1000
 
 
-# ---- an exception while entering ----------------------------------------------------------------------------------
+# ---- an exception while entering ---------------------------------------------------------------------------
 
 
 def number_of_patches() -> int:
@@ -314,7 +314,7 @@ def test_a_failure_of_any_step_of_entering_restores_all(
         assert is_watched()
 
 
-# ---- decorators ---------------------------------------------------------------------------------------------------
+# ---- decorators --------------------------------------------------------------------------------------------
 
 
 def test_a_decorated_function_runs_under_a_guard_each_time(found: TakeDown) -> None:
@@ -536,7 +536,7 @@ def test_a_decorated_step_warns_once_a_site() -> None:
     assert len(told) == 1
 
 
-# ---- actions ------------------------------------------------------------------------------------------------------
+# ---- actions -----------------------------------------------------------------------------------------------
 
 
 def test_strict_raises_before_memory_changes() -> None:
@@ -776,7 +776,7 @@ def test_a_guard_can_be_copied_before_it_is_entered() -> None:
         copy.deepcopy(guard)
 
 
-# ---- order --------------------------------------------------------------------------------------------------------
+# ---- order -------------------------------------------------------------------------------------------------
 
 
 def test_guards_in_one_with_statement(found: TakeDown) -> None:

@@ -145,7 +145,7 @@ def test_one_storage_saved_again_and_again_stays_bounded() -> None:
     assert ledger.in_storage(7) == [entry]
 
 
-# ---- other storages over the same memory --------------------------------------------------------------------------
+# ---- other storages over the same memory -------------------------------------------------------------------
 
 
 def overlapping(entries: list[Entry], storage: int, extent: tuple[int, int, bool]) -> list[Entry]:
@@ -249,7 +249,7 @@ def test_entries_without_memory_are_found_by_storage_only() -> None:
     assert ledger.across_storages(1, (0, 2**48, True)) == []
 
 
-# ---- cost ---------------------------------------------------------------------------------------------------------
+# ---- cost --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -357,7 +357,7 @@ def test_a_great_storage_does_not_make_small_questions_dear() -> None:
     assert steps < 3_000
 
 
-# ---- threads and forks --------------------------------------------------------------------------------------------
+# ---- threads and forks -------------------------------------------------------------------------------------
 
 
 def test_four_threads_use_one_ledger() -> None:

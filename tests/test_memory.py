@@ -27,7 +27,7 @@ from torchguard._memory import (
     version_of,
 )
 
-# ---- spans --------------------------------------------------------------------------------------------------------
+# ---- spans -------------------------------------------------------------------------------------------------
 
 STRIDED: dict[str, Callable[[], torch.Tensor]] = {
     "contiguous": lambda: torch.zeros(3, 4),
@@ -163,7 +163,7 @@ def test_version_is_minus_one_where_none_is_kept() -> None:
     assert version_of(tensor) == 1
 
 
-# ---- shared counters ----------------------------------------------------------------------------------------------
+# ---- shared counters ---------------------------------------------------------------------------------------
 
 
 def _set(source: torch.Tensor) -> torch.Tensor:
@@ -263,7 +263,7 @@ def test_without_a_way_to_put_a_counter_back_equal_versions_count_as_shared(monk
     assert not shares_counter(x.data, x.add_(1))
 
 
-# ---- bytes --------------------------------------------------------------------------------------------------------
+# ---- bytes -------------------------------------------------------------------------------------------------
 
 DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint8,
@@ -287,9 +287,7 @@ def filled(dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_replica_has_the_same_layout_and_values_over_memory_of_its_own(
-    layout: str, dtype: torch.dtype
-) -> None:
+def test_a_replica_has_the_same_layout_and_values_over_memory_of_its_own(layout: str, dtype: torch.dtype) -> None:
     tensor = LAYOUTS[layout](filled(dtype))
     replica, memory = replica_of(tensor)
     assert (replica.shape, replica.stride(), replica.dtype) == (tensor.shape, tensor.stride(), dtype)
@@ -313,9 +311,7 @@ def test_an_empty_tensor_has_an_empty_replica_that_nothing_can_change(shape: tup
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("written", LAYOUTS)
-def test_touched_elements_are_those_that_differ_afterwards(
-    written: str, layout: str, dtype: torch.dtype
-) -> None:
+def test_touched_elements_are_those_that_differ_afterwards(written: str, layout: str, dtype: torch.dtype) -> None:
     """A write to one view, rehearsed on a replica, against the elements of another view that really change."""
     base = filled(dtype)
     target, save = LAYOUTS[written](base), LAYOUTS[layout](base)

@@ -128,9 +128,7 @@ def test_tables_and_memory_stay_bounded(name: str) -> None:
     assert grown < 2_500_000, f"{grown / (STEPS * 3 // 4):.0f} bytes a step"
 
 
-@pytest.mark.parametrize(
-    "name", ["backward", "aliases_during_the_graph", "new_memory_each_step", "rebinding"]
-)
+@pytest.mark.parametrize("name", ["backward", "aliases_during_the_graph", "new_memory_each_step", "rebinding"])
 def test_nothing_is_left_when_the_program_asks_again(name: str) -> None:
     """All saves are gone: the next write finds them dead and drops them."""
     loops = Loops()
@@ -186,7 +184,7 @@ def test_aliases_that_the_program_keeps_are_forgotten_with_them() -> None:
         assert entries() - before < 300
 
 
-# ---- nothing is kept alive ----------------------------------------------------------------------------------------
+# ---- nothing is kept alive ---------------------------------------------------------------------------------
 
 
 def test_the_guard_keeps_no_tensor_alive() -> None:
@@ -278,7 +276,7 @@ def test_the_proof_that_is_kept_goes_with_its_save() -> None:
         assert tensors() - tracked < 10
 
 
-# ---- and nothing that matters is forgotten ------------------------------------------------------------------------
+# ---- and nothing that matters is forgotten -----------------------------------------------------------------
 
 
 def unseen_write(y: torch.Tensor) -> None:

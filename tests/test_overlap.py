@@ -16,9 +16,7 @@ from torchguard._model import Span
 from torchguard._overlap import overlaps
 
 
-def span(
-    address: int, itemsize: int, sizes: tuple[int, ...], strides: tuple[int, ...], device: str = "cpu"
-) -> Span:
+def span(address: int, itemsize: int, sizes: tuple[int, ...], strides: tuple[int, ...], device: str = "cpu") -> Span:
     return Span(device, address, itemsize, sizes, strides)
 
 
@@ -51,12 +49,8 @@ def numpy_says(a: Span, b: Span) -> bool:
 @st.composite
 def spans(draw: Any, most: int = 4) -> Span:
     dimensions = draw(st.integers(0, 3))
-    sizes = tuple(
-        draw(st.integers(0 if draw(st.integers(0, 9)) == 0 else 1, most)) for _ in range(dimensions)
-    )
-    strides = tuple(
-        draw(st.integers(-24, 24) | st.sampled_from([0, 1, 2, 4, 8, 16, 32])) for _ in range(dimensions)
-    )
+    sizes = tuple(draw(st.integers(0 if draw(st.integers(0, 9)) == 0 else 1, most)) for _ in range(dimensions))
+    strides = tuple(draw(st.integers(-24, 24) | st.sampled_from([0, 1, 2, 4, 8, 16, 32])) for _ in range(dimensions))
     return span(4096 + draw(st.integers(0, 48)), draw(st.sampled_from([1, 2, 3, 4, 8, 16])), sizes, strides)
 
 

@@ -40,7 +40,7 @@ def leaf() -> torch.Tensor:
     return torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
 
 
-# ---- the innermost frame that is the user's ------------------------------------------------------------------------
+# ---- the innermost frame that is the user's ----------------------------------------------------------------
 
 
 def test_the_three_places_of_a_plain_program() -> None:
@@ -277,7 +277,7 @@ def test_called_from_finds_a_file_on_the_stack() -> None:
     assert not called_from(frame, ("torch/autograd/gradcheck.py",))
 
 
-# ---- expression, operation, path ----------------------------------------------------------------------------------
+# ---- expression, operation, path ---------------------------------------------------------------------------
 
 
 def instruction_at(source: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -368,9 +368,7 @@ def test_the_operation_of_an_input_is_read_from_the_expression() -> None:
     assert violation_of(program).saved_by == ("mul" if POSITIONS else "")
 
 
-def test_a_path_below_the_working_directory_is_relative(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_a_path_below_the_working_directory_is_relative(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     code = compile("1", str(tmp_path / "sub" / "train.py"), "exec")
     place = place_of((code, 0))
     assert place is not None

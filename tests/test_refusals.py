@@ -1028,7 +1028,7 @@ def test_the_refusal_can_be_copied_and_has_no_second_cause(name: str) -> None:
     assert error.__context__ is None
 
 
-@pytest.mark.parametrize("saved_in, read_in", [("guard", "none"), ("none", "guard"), ("guard", "another guard")])
+@pytest.mark.parametrize(("saved_in", "read_in"), [("guard", "none"), ("none", "guard"), ("guard", "another guard")])
 @pytest.mark.parametrize("kind", ["input", "output", "leaf"])
 def test_saved_in_one_place_and_read_in_another(saved_in: str, read_in: str, kind: str) -> None:
     def forward() -> tuple[torch.Tensor, torch.Tensor]:

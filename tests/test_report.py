@@ -33,9 +33,7 @@ HERE = _short(__file__)
 def lines_of(program: Callable[..., Any]) -> dict[str, int]:
     """Line number of each ``# name`` comment in a function."""
     source, first = inspect.getsourcelines(program)
-    return {
-        m.group(1): first + n for n, text in enumerate(source) if (m := re.search(r"# (\w+)$", text.rstrip()))
-    }
+    return {m.group(1): first + n for n, text in enumerate(source) if (m := re.search(r"# (\w+)$", text.rstrip()))}
 
 
 def caught(program: Callable[[], Any], **options: Any) -> Violation:
@@ -51,7 +49,7 @@ def leaf(*shape: int) -> torch.Tensor:
     return (torch.arange(1, count + 1) / count).reshape(shape).requires_grad_()
 
 
-# ---- the exact text -----------------------------------------------------------------------------------------------
+# ---- the exact text ----------------------------------------------------------------------------------------
 
 
 def write_through_data() -> None:
@@ -236,7 +234,7 @@ def test_no_line_is_wider_than_a_wide_terminal() -> None:
         assert max(map(len, str(caught(program)).splitlines())) <= 140
 
 
-# ---- how much of what -----------------------------------------------------------------------------------------------
+# ---- how much of what --------------------------------------------------------------------------------------
 
 
 def row() -> None:
@@ -333,7 +331,7 @@ def test_an_operation_of_several_words() -> None:
     assert violation.saved_by == "log_softmax"
 
 
-# ---- a value ----------------------------------------------------------------------------------------------------------
+# ---- a value -----------------------------------------------------------------------------------------------
 
 
 def test_a_violation_is_frozen_and_compares_by_value() -> None:
@@ -409,9 +407,7 @@ def plain(**changes: Any) -> Violation:
 def test_places_that_are_not_known_say_so() -> None:
     text = str(plain(saved=None, aliased=None, written=None))
     assert "  saved     (no user code on the stack)     float32[3] on cpu, by sigmoid\n" in text
-    assert (
-        "  aliased   (the alias was made before the guard came, or by a route it does not follow)\n" in text
-    )
+    assert "  aliased   (the alias was made before the guard came, or by a route it does not follow)\n" in text
     assert "  written   (no user code on the stack)     3 of 3 elements\n" in text
 
 
@@ -420,21 +416,17 @@ def test_an_operation_that_is_not_known_is_left_out() -> None:
 
 
 def test_a_place_without_source_is_the_place_alone() -> None:
-    assert "  written   <stdin>:1     3 of 3 elements\n" in str(
-        plain(written=Place("<stdin>", 1, "<module>"))
-    )
+    assert "  written   <stdin>:1     3 of 3 elements\n" in str(plain(written=Place("<stdin>", 1, "<module>")))
 
 
 def test_the_fix_names_the_tensor_where_its_name_is_short() -> None:
-    assert "on net.weight.data.clone()" in str(
-        plain(aliased=Place("t.py", 1, "f", "w = ...", "net.weight.data"))
-    )
+    assert "on net.weight.data.clone()" in str(plain(aliased=Place("t.py", 1, "f", "w = ...", "net.weight.data")))
     long = Place("t.py", 1, "f", "w = ...", "the_model.the_layers[3].the_weight_of_it.data")
     assert "on x.data.clone()" in str(plain(aliased=long))
     assert "on x.data.clone()" in str(plain(aliased=Place("t.py", 1, "f", "w = ...", "f(x)")))
 
 
-# ---- what the guard keeps -----------------------------------------------------------------------------------------
+# ---- what the guard keeps ----------------------------------------------------------------------------------
 
 
 def test_times_counts_how_often_a_site_was_hit() -> None:

@@ -92,7 +92,9 @@ def difference(one: Any, other: Any, path: str = "") -> str:
         if len(one) != len(other):
             longer = one if len(one) > len(other) else other
             where = "with the guard" if longer is one else "without it"
-            return f"{path}: {len(one)} items instead of {len(other)}; {where} {longer[min(len(one), len(other)):][:6]!r}"
+            return (
+                f"{path}: {len(one)} items instead of {len(other)}; {where} {longer[min(len(one), len(other)) :][:6]!r}"
+            )
         return ""
     return "" if one == other else f"{path}: with the guard {one!r}, without it {other!r}"
 

@@ -481,9 +481,7 @@ def test_selective_checkpoint() -> Any:
     def body(t: torch.Tensor) -> torch.Tensor:
         return (torch.mm(t, w).sigmoid() * t).exp()
 
-    out = checkpoint(
-        body, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
-    )
+    out = checkpoint(body, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
     out.sum().backward()
     return [out, x, w]
 

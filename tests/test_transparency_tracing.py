@@ -81,9 +81,7 @@ def test_a_graph_traced_under_the_guard_is_used_after_it() -> None:
     torch.save(inside, file)
     assert b"wrapt" not in file.getvalue()
     assert b"torchguard" not in file.getvalue()
-    replaced = torch.fx.subgraph_rewriter.replace_pattern(
-        inside, lambda t: torch.relu_(t), lambda t: torch.tanh(t)
-    )
+    replaced = torch.fx.subgraph_rewriter.replace_pattern(inside, lambda t: torch.relu_(t), lambda t: torch.tanh(t))
     assert len(replaced) == 1
 
 

@@ -30,9 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def mlp() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(4, 8), nn.ReLU(inplace=True), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 2)
-    )
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 2))
 
 
 def train(model: nn.Module, optimiser: torch.optim.Optimizer, steps: int = 5) -> list[torch.Tensor]:
@@ -164,8 +162,8 @@ def test_clipping_and_vectors() -> Any:
         lambda m: parametrizations.weight_norm(m),
         lambda m: parametrizations.spectral_norm(m),
         lambda m: parametrizations.orthogonal(m),
-        lambda m: prune.l1_unstructured(m, "weight", 0.3) and m or m,
-        lambda m: prune.random_structured(m, "weight", 0.3, dim=0) and m or m,
+        lambda m: (prune.l1_unstructured(m, "weight", 0.3) and m) or m,
+        lambda m: (prune.random_structured(m, "weight", 0.3, dim=0) and m) or m,
     ],
     ids=["old weight_norm", "old spectral_norm", "weight_norm", "spectral_norm", "orthogonal", "pruned", "structured"],
 )

@@ -241,9 +241,7 @@ def test_the_version_moves_where_the_table_says_so(key: str) -> None:
     seen = result(key)
     targets = {id(target) for target in writer.targets(seen.args, seen.kwargs)}
     assert seen.moved <= targets
-    counted = {
-        id(t) for t in writer.targets(seen.args, seen.kwargs) if writer.counts(t, seen.args, seen.kwargs)
-    }
+    counted = {id(t) for t in writer.targets(seen.args, seen.kwargs) if writer.counts(t, seen.args, seen.kwargs)}
     assert seen.changed & counted <= seen.moved, "memory changed and the version did not move"
     assert seen.moved <= counted, "the version moves after all"
     assert seen.changed or seen.moved
@@ -297,9 +295,7 @@ def test_a_rehearsal_draws_nothing_and_the_call_draws_what_it_would(key: str) ->
     with Guard("record") as guard:
         guarded = program(True)
     args, _ = SPECIAL[name]() if name in SPECIAL else ((f(30),), {})
-    assert len(guard.violations) == int(not torch.equal(plain[0], args[0])), (
-        "a write that changes nothing is none"
-    )
+    assert len(guard.violations) == int(not torch.equal(plain[0], args[0])), "a write that changes nothing is none"
     assert all(map(torch.equal, plain, guarded))
 
 
@@ -312,13 +308,28 @@ def test_almost_everything_was_called() -> None:
     assert len(unchanged) <= 0.05 * len(keys), unchanged
 
 
-# ---- completeness -------------------------------------------------------------------------------------------------
+# ---- completeness ------------------------------------------------------------------------------------------
 
 
 #: Python's, from its data model.
 IN_PLACE_OPERATORS = {
     f"__i{name}__"
-    for name in ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "concat"]
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "matmul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "concat",
+    ]
 }
 
 
@@ -388,7 +399,7 @@ def test_in_place_operators_are_all_there() -> None:
     assert "__setitem__" in known
 
 
-# ---- schemas ------------------------------------------------------------------------------------------------------
+# ---- schemas -----------------------------------------------------------------------------------------------
 
 
 def operators() -> Iterator[Any]:
@@ -473,7 +484,7 @@ def writers_of_overloads(packet: Any) -> list[Writer]:
     return found
 
 
-# ---- finding and replacing the targets ----------------------------------------------------------------------------
+# ---- finding and replacing the targets ---------------------------------------------------------------------
 
 
 def test_targets_are_found_by_position_and_by_keyword() -> None:
@@ -516,9 +527,7 @@ def test_substitution_replaces_the_written_arguments_only() -> None:
 
 
 def test_titles_read_as_the_program_does() -> None:
-    titles = {
-        name: writer.title for name in ("add_", "__iadd__", "__setitem__") if (writer := writer_of(name))
-    }
+    titles = {name: writer.title for name in ("add_", "__iadd__", "__setitem__") if (writer := writer_of(name))}
     assert titles == {"add_": "add_()", "__iadd__": "+=", "__setitem__": "x[i] = v"}
     for key, (_, writer) in TABLE.items():
         assert not writer.title.startswith("__"), key

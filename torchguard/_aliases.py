@@ -123,9 +123,7 @@ class Aliases:
             if alias is not None:
                 self.enter(alias, storage, None if entry[1] is None else (entry[1], entry[2]), 0)
 
-    def enter(
-        self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0
-    ) -> AliasRecord:
+    def enter(self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0) -> AliasRecord:
         """Take down an alias that has just been made."""
         if storage in self.young:
             self._grow(storage)
@@ -149,9 +147,7 @@ class Aliases:
         self.sync(storage)  # what moved is put down to the saves before its record goes
         records = self.by_storage.get(storage, [])
         dead = [record for record in records if record() is None and record.counter is not None][-_DEAD_KEPT:]
-        kept = [
-            record for record in records if record() is not None or any(record is other for other in dead)
-        ]
+        kept = [record for record in records if record() is not None or any(record is other for other in dead)]
         if kept:
             self.by_storage[storage] = kept
         else:

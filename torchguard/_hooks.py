@@ -137,9 +137,7 @@ def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
 # ---- threads -----------------------------------------------------------------------------------------------
 
 
-def start_thread(
-    original: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def start_thread(original: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``Thread.start``: a thread started inside a guard runs under it."""
     guards = _policy.inherited()
     if not guards:

@@ -320,13 +320,9 @@ def _prepare() -> list[_Patch]:
                 patches.append(_Patch(owner, name, wrapper))
     patches.append(_Patch(*_torch.NN_FUNCTIONS, nn_functions))
     WRITERS[torch.nn.init.eye_] = _writers.EYE
-    patches.append(
-        _Patch(torch.nn.init, "eye_", _Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_)))
-    )
+    patches.append(_Patch(torch.nn.init, "eye_", _Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_))))
     patches.append(_Patch(torch.utils, "swap_tensors", _Routed(torch.utils.swap_tensors, _swap_tensors)))
-    patches += [
-        _Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)
-    ]
+    patches += [_Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
     patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _data_getter(), _set_data)))
     patches += [
         _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
@@ -337,13 +333,9 @@ def _prepare() -> list[_Patch]:
         if hasattr(module, name):
             patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
     module, push = _torch.HOOK_PUSH
-    patches.append(
-        _Patch(module, push, wrapt.FunctionWrapper(getattr(module, push), _hooks.note_foreign_hooks))
-    )
+    patches.append(_Patch(module, push, wrapt.FunctionWrapper(getattr(module, push), _hooks.note_foreign_hooks)))
     backward = torch.autograd.function.BackwardCFunction
-    patches.append(
-        _Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors))
-    )
+    patches.append(_Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
     start = threading.Thread.start
     patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
     return patches

@@ -102,11 +102,7 @@ class Ledger(Generic[E]):
                     continue
                 storage = entry.storage
                 group = groups.get(storage)
-                if (
-                    group is not None
-                    and group[-1]() is None
-                    and not any(other() is not None for other in group)
-                ):
+                if group is not None and group[-1]() is None and not any(other() is not None for other in group):
                     self._close(storage)  # the identity of a storage that is gone, used again
                     group = None
                 if group is None:
@@ -271,7 +267,5 @@ class _AddressMap:
             else:
                 sets = [keys for bucket, keys in rows.items() if first <= bucket <= last]
             for keys in sets:
-                found.update(
-                    key for key in keys if self._stretches[key][0] < high and low < self._stretches[key][1]
-                )
+                found.update(key for key in keys if self._stretches[key][0] < high and low < self._stretches[key][1])
         return found

@@ -44,9 +44,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
             _refuse(save)
         if save.storage in young or save.storage in aliases:
             ALIASES.sync(save.storage)
-        if save.remarks is not None or (
-            save.node is None and _memory.storage_of(save.tensor) != save.storage
-        ):
+        if save.remarks is not None or (save.node is None and _memory.storage_of(save.tensor) != save.storage):
             _examine(save)
 
     def verdict(save: Save) -> Exception | None:

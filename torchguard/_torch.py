@@ -62,12 +62,8 @@ def set_version(tensor: torch.Tensor, version: int) -> None:
 
 function_mode_active: Callable[[], bool] = getattr(_C, "_is_torch_function_mode_enabled", lambda: True)
 dispatch_mode_depth: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", lambda: 0)
-no_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(
-    _C, "DisableTorchFunction", nullcontext
-)
-no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(
-    _C, "_DisableTorchDispatch", nullcontext
-)
+no_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(_C, "DisableTorchFunction", nullcontext)
+no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableTorchDispatch", nullcontext)
 
 
 @contextmanager
@@ -230,11 +226,7 @@ def missing() -> list[str]:
     """What this build of torch does not offer, as sentences about what therefore is not watched."""
     told = []
     if not CAN_PROBE_COUNTERS:
-        told.append(
-            "torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions"
-        )
+        told.append("torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions")
     if _top is None:
-        told.append(
-            "torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering"
-        )
+        told.append("torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering")
     return told

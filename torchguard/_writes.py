@@ -56,9 +56,7 @@ def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
     return saves
 
 
-def carry_out(
-    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any:
+def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Judge a call that writes, and make it.
 
     Raises:
@@ -91,9 +89,7 @@ def carry_out(
             ALIASES.settle(storage)
 
 
-def _look(
-    writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watched: list[int], hits: list[_Hit]
-) -> None:
+def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watched: list[int], hits: list[_Hit]) -> None:
     """Find the storages whose aliases' counters will move, and the saves that a silent write would hit."""
     for target in writer.targets(args, kwargs):
         storage = _memory.storage_of(target)

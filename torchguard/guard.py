@@ -30,9 +30,7 @@ class _Block:
 
     def __call__(self, function: F) -> F:
         if not callable(function):
-            raise TypeError(
-                f"torchguard: {type(self).__name__.lower()}() decorates functions, not {function!r}"
-            )
+            raise TypeError(f"torchguard: {type(self).__name__.lower()}() decorates functions, not {function!r}")
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
@@ -249,9 +247,7 @@ def warn(*, at: Literal["write"] = "write", every_call: bool = False) -> Guard:
     return Guard("warn", at, every_call=every_call)
 
 
-_NEEDS_REASON = (
-    'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
-)
+_NEEDS_REASON = 'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
 
 
 class allow(_Block):

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchguard
 from harness import Run, add, program
 from torch import nn
+
+import torchguard
 
 Alias = Callable[[torch.Tensor], torch.Tensor]
 
@@ -286,15 +287,13 @@ def storage_object_used_again_for_other_memory(run: Run) -> Any:
         del h, out
     else:
         raise AssertionError("the allocator never used a storage object again")
-    c = torch.from_numpy(h.numpy())
+    c = torch.from_numpy(h.numpy())  # noqa: F821 (bound where the loop ends)
     run.write(lambda: c.fill_(3))
     del always_alive
-    return [torch.autograd.grad(out, w)]
+    return [torch.autograd.grad(out, w)]  # noqa: F821 (bound where the loop ends)
 
 
-@program(
-    route="alias without .data", kind="innocent", twin_of="storage_object_used_again_for_other_memory"
-)
+@program(route="alias without .data", kind="innocent", twin_of="storage_object_used_again_for_other_memory")
 def foreign_memory_that_nothing_saved(run: Run) -> Any:
     w, h = run.leaf(), run.leaf(requires_grad=False)
     out = h * w
@@ -723,9 +722,7 @@ def write_after_the_block_that_allows(run: Run) -> Any:
     return [w.grad]
 
 
-@program(
-    route="allow", kind="innocent", twin_of=["write_that_is_allowed", "write_after_the_block_that_allows"]
-)
+@program(route="allow", kind="innocent", twin_of=["write_that_is_allowed", "write_after_the_block_that_allows"])
 def nothing_to_allow(run: Run) -> Any:
     w, h = run.leaf(), run.leaf()
     (h * w).sum().backward()

@@ -50,7 +50,9 @@ def _mask_save(run: Run) -> tuple[torch.Tensor, ...]:
     return mask, out, x
 
 
-def _pairs(prefix: str, route: str, table: dict[str, Write], save: Any, other_part: bool = False, **declared: Any) -> None:
+def _pairs(
+    prefix: str, route: str, table: dict[str, Write], save: Any, other_part: bool = False, **declared: Any
+) -> None:
     """A corrupting program and its innocent twins for each write of the table."""
     for name, write in table.items():
         full = f"{prefix}_{name}"

@@ -77,6 +77,7 @@ OPERATIONS: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
 
 def _operations() -> None:
     for name, (operation, written) in OPERATIONS.items():
+
         def body(run: Run, operation: Any = operation, written: int = written, late: bool = False) -> Any:
             x, y = _leaves(run)
             out = operation(x, y)  # saved
@@ -344,9 +345,7 @@ def hidden_state_overwritten_in_a_loop(run: Run) -> Any:
     return [w.grad]
 
 
-@program(
-    route=_RECURRENT, kind="innocent", truth="cloned saves", twin_of="hidden_state_overwritten_in_a_loop"
-)
+@program(route=_RECURRENT, kind="innocent", truth="cloned saves", twin_of="hidden_state_overwritten_in_a_loop")
 def hidden_state_in_a_new_buffer_each_step(run: Run) -> Any:
     w = run.leaf([0.5, 0.25])
     buffer = torch.ones(4, 2)

@@ -179,9 +179,7 @@ def bound_method_called_inside(run: Run) -> Any:
     return [w.grad]
 
 
-@program(
-    route="bound before the guard", kind="innocent", enters_guard=True, twin_of="bound_method_called_inside"
-)
+@program(route="bound before the guard", kind="innocent", enters_guard=True, twin_of="bound_method_called_inside")
 def bound_method_called_on_a_clone(run: Run) -> Any:
     w, h = run.leaf(), run.leaf(requires_grad=False)
     with run.guard():
