@@ -28,7 +28,7 @@ def main() -> None:
     try:
         wgan_digits.main(["--mistake", "--guard", "strict"])
     except torchguard.SavedTensorCorruptionError as error:
-        print(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error.violation.render(color=sys.stdout.isatty())}")
     else:
         fail("strict() let the mistake through")
 

@@ -32,7 +32,8 @@ REPLACED_BY_TORCH = {("torch", "manual_seed")}
 def _contents(owner: Any) -> dict[Any, Any]:
     if owner is not None:
         return dict(vars(owner))
-    # torch enters operators here as they are first asked for: what counts is what the guard enters, and its originals.
+    # torch enters operators here as they are first asked for: what counts is what the guard enters, and its
+    # originals.
     wrappers = [wrapper for wrapper, _ in _intercept._script_names]
     relevant = {id(wrapper) for wrapper in wrappers} | {id(wrapper.__wrapped__) for wrapper in wrappers}
     return {key: value for key, value in (torch.jit._builtins._builtin_table or {}).items() if key in relevant}

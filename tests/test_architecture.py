@@ -12,15 +12,16 @@ import torchguard
 
 PACKAGE = Path(torchguard.__file__).parent
 
-#: Which module may import which of ours. An arrow that is not here is a decision to be taken; one that no module uses any
-#: more is to be taken out.
+#: Which module may import which of ours. An arrow that is not here is a decision to be taken; one that no
+#: module uses any more is to be taken out.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_violation", "guard"},
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_findings": {"_torch", "_violation"},
     "_hooks": {"_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_writers", "_writes",
+        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_writers",
+        "_writes",
     },
     "_ledger": set(),
     "_memory": {"_model", "_torch"},

@@ -214,6 +214,7 @@ def _first_line(result: Any) -> Any:
 
 
 def test_entering_a_guard_again_recompiles_nothing() -> None:
+    """Once is needed, as dynamo guards on the identity of ``torch.relu_``; not once a guard."""
     function = compiled(in_place, "aot_eager")
     use(function)
     with under("strict"):

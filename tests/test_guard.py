@@ -623,10 +623,8 @@ def test_a_users_function_is_called_as_often_as_without_the_guard(name: str) -> 
 
         x = leaf()
         y = x.exp() * x
-        if name == "apply_":
-            result = x.data.apply_(function)
-        else:
-            result = x.data.map_(torch.ones(3), function)
+        alias = x.data
+        result = alias.apply_(function) if name == "apply_" else alias.map_(torch.ones(3), function)
         assert result.data_ptr() == x.data_ptr()
         return calls, x.detach() + 0 * y.detach()
 

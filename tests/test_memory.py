@@ -266,7 +266,8 @@ def test_without_a_way_to_put_a_counter_back_equal_versions_count_as_shared(monk
 # ---- bytes -------------------------------------------------------------------------------------------------
 
 DTYPES = [
-    torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint8,
+    torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.complex64,
+    torch.uint8,
 ]  # fmt: skip
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -367,7 +367,7 @@ def test_backward_in_a_thread_that_was_there_before() -> None:
 
 
 def test_a_guard_left_in_another_thread_restores_torch(found: Callable[[], Any]) -> None:
-    """A generator can be closed, or collected, anywhere. Save hooks belong to a thread; the patches do not."""
+    """A generator can be closed, or collected, anywhere. Save hooks belong to a thread, patches do not."""
     before = found()
 
     def body() -> Iterator[int]:

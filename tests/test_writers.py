@@ -1,7 +1,7 @@
 """Does the table of writers say what torch does when each of them is called?
 
-Every entry that can be called on a small tensor is called: which of its arguments changed, did their version move, did it call
-back? Nothing here repeats a list of the package: the truth is measured.
+Every entry that can be called on a small tensor is called: which of its arguments changed, did their version
+move, did it call back? Nothing here repeats a list of the package: the truth is measured.
 """
 
 from __future__ import annotations
@@ -236,46 +236,28 @@ def result(key: str) -> Seen:
 
 
 @pytest.mark.parametrize("key", TABLE)
-def test_the_version_moves_where_the_table_says_so(key: str) -> None:
+def test_a_call_does_what_the_table_says(key: str) -> None:
     writer = TABLE[key][1]
     seen = result(key)
-    targets = {id(target) for target in writer.targets(seen.args, seen.kwargs)}
+    written = writer.targets(seen.args, seen.kwargs)
+    targets = {id(target) for target in written}
+    counted = {id(target) for target in written if writer.counts(target, seen.args, seen.kwargs)}
+    assert seen.changed <= targets, "memory of an argument changed that is not listed"
     assert seen.moved <= targets
-    counted = {id(t) for t in writer.targets(seen.args, seen.kwargs) if writer.counts(t, seen.args, seen.kwargs)}
     assert seen.changed & counted <= seen.moved, "memory changed and the version did not move"
     assert seen.moved <= counted, "the version moves after all"
     assert seen.changed or seen.moved
+    takes_a_function = any(callable(arg) and not isinstance(arg, torch.Tensor) for arg in seen.args)
+    assert writer.calls_back is takes_a_function
+    assert writer.draws is seen.drew
 
 
-@pytest.mark.parametrize("key", TABLE)
-def test_what_changes_is_among_the_targets(key: str) -> None:
-    writer = TABLE[key][1]
-    seen = result(key)
-    assert seen.changed <= {id(target) for target in writer.targets(seen.args, seen.kwargs)}
-
-
-@pytest.mark.parametrize("key", TABLE)
-def test_it_calls_back_where_the_table_says_so(key: str) -> None:
-    """These must not be called twice: their rehearsal is the call."""
-    takes_a_function = any(callable(arg) and not isinstance(arg, torch.Tensor) for arg in result(key).args)
-    assert TABLE[key][1].calls_back is takes_a_function
-
-
-#: Drawing is not told by the table: every rehearsal puts the generators back.
-DRAWING = {"bernoulli_", "cauchy_", "dropout_", "exponential_", "normal_", "random_", "rrelu_", "uniform_"}
-
-
-@pytest.mark.parametrize("key", [key for key in TABLE if TABLE[key][1].moves_counter])
+@pytest.mark.parametrize("key", [key for key, (_, writer) in TABLE.items() if writer.draws])
 def test_a_rehearsal_draws_nothing_and_the_call_draws_what_it_would(key: str) -> None:
     """Under ``Guard("record")`` on an alias of a live save: same values, same state of the generator."""
-    seen = result(key)
+    result(key)
     function, _ = TABLE[key]
     name = key.rpartition(".")[2]
-    if name in DRAWING:
-        assert seen.drew
-    if not seen.drew:
-        pytest.skip("draws no random numbers")
-
     space = key.partition(".")[0]
 
     def where_programs_look_it_up() -> Any:

@@ -131,12 +131,13 @@ def _route_method(function: Any) -> Callable[..., Any]:
     state = _policy.state
     mode_active = _torch.function_mode_active
     pending = LEDGER.pending
+    filing = LEDGER.filing
     file = LEDGER.file
     groups = LEDGER.groups
     foreign = LEDGER.foreign
 
     def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if pending:
+        if pending or filing:
             file()
         if not groups:
             return wrapped(*args, **kwargs)
@@ -226,6 +227,7 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
     plain = _memory.PLAIN_TYPES
     storage_id = _torch.storage_id
     pending = LEDGER.pending
+    filing = LEDGER.filing
     file = LEDGER.file
     groups = LEDGER.groups
     enter_young = ALIASES.enter_young
@@ -237,7 +239,7 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
         alias = get(tensor)
         frame = getframe(2)
         if type(alias) in plain:
-            if pending:
+            if pending or filing:
                 file()
             try:
                 storage = storage_id(alias)

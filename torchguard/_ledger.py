@@ -56,6 +56,7 @@ class Ledger(Generic[E]):
         self._extent_of = extent_of
         self._is_foreign = is_foreign or self._extent_is_foreign
         self.pending: deque[ref[E]] = deque()
+        self.filing: list[None] = []  # not empty while a thread has a save in its hands that is in neither
         self.groups: dict[int, list[ref[E]]] = {}
         self.foreign: dict[int, Extent] = {}
         self._thin_at: dict[int, int] = {}  # size at which a large group is thinned out next
@@ -88,10 +89,11 @@ class Ledger(Generic[E]):
     def file(self) -> None:
         """File what is pending."""
         pending = self.pending
-        if not pending:
+        if not pending and not self.filing:
             return
-        groups, is_foreign = self.groups, self._is_foreign
+        groups, is_foreign, filing = self.groups, self._is_foreign, self.filing
         with self._lock:
+            filing.append(None)
             while pending:
                 try:
                     item = pending.popleft()
@@ -102,7 +104,7 @@ class Ledger(Generic[E]):
                     continue
                 storage = entry.storage
                 group = groups.get(storage)
-                if group is not None and group[-1]() is None and not any(other() is not None for other in group):
+                if group is not None and not any(other() is not None for other in reversed(group)):
                     self._close(storage)  # the identity of a storage that is gone, used again
                     group = None
                 if group is None:
@@ -120,6 +122,7 @@ class Ledger(Generic[E]):
                         self._thin_at[storage] = 2 * len(group) + _LARGE
             if len(self.groups) > self._sweep_at:
                 self._sweep()
+            filing.clear()
 
     def _extent_is_foreign(self, entry: E) -> bool:
         extent = self._extent_of(entry)
@@ -146,27 +149,25 @@ class Ledger(Generic[E]):
 
     def any_alive(self) -> bool:
         """Whether any save is alive. Drops the dead ones that it meets, so it is flat in the long run."""
-        if self.pending:
+        if self.pending or self.filing:
             self.file()
         if not self.groups:
             return False
-        dead = []
-        try:
+        with self._lock:
+            dead = []
             for storage, group in self.groups.items():
-                if any(item() is not None for item in group):
+                while group and group[-1]() is None:
+                    group.pop()
+                if group:
                     break
                 dead.append(storage)
-        except RuntimeError:  # another thread files
-            return True
-        if dead:
-            with self._lock:
-                for storage in dead:
-                    self.in_storage(storage)
-        return bool(self.groups)
+            for storage in dead:
+                self._close(storage)
+            return bool(self.groups)
 
     def in_storage(self, storage: int) -> list[E]:
         """The live saves of one storage."""
-        if self.pending:
+        if self.pending or self.filing:
             self.file()
         group = self.groups.get(storage)
         if group is None:
@@ -175,14 +176,14 @@ class Ledger(Generic[E]):
         if len(live) < len(group):
             with self._lock:
                 group[:] = [item for item in group if item() is not None]
-                if not group:
+                if not group and self.groups.get(storage) is group:  # and not one that was opened meanwhile
                     self._close(storage)
         return live
 
     @property
     def has_foreign(self) -> bool:
         """Whether a save may lie in memory that torch's allocator did not hand out."""
-        if self.pending:
+        if self.pending or self.filing:
             self.file()
         return bool(self.foreign)
 
