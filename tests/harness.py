@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import functools
 import linecache
+import operator
 import os
 import types
 import warnings
@@ -462,10 +463,11 @@ def check_guarded(case: Program, mode: Mode) -> None:
         with guard:
             yield guard
 
-    before = _torch_as_it_is()
+    before = _TorchAsItIs()
     with _quiet() as caught:
         outcome = outcome_of(case, Run(around=watch.around), guarded)
-    assert _torch_as_it_is() == before, f"{case}: the guard leaves something behind"
+    left = before.differences()
+    assert not left, f"{case}: the guard leaves something behind: {left}"
 
     assert len(guards) == 1, f"{case} enters {len(guards)} guards"
     spoken = [note for note in caught if issubclass(note.category, torchguard.SavedTensorCorruptionWarning)]
@@ -627,12 +629,34 @@ _NAMESPACES = (
 )
 
 
-def _torch_as_it_is() -> Any:
+class _TorchAsItIs:
     """What a guard could leave behind: hooks, modes, and every attribute of the namespaces it patches, by identity."""
-    return (
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
-        torch.overrides._len_torch_function_stack(),  # type: ignore[attr-defined]
-        torch._C._len_torch_dispatch_stack(),
-        torch.is_grad_enabled(),
-        [{name: id(value) for name, value in vars(space).items()} for space in _NAMESPACES],
-    )
+
+    def __init__(self) -> None:
+        self._spaces = [dict(vars(space)) for space in _NAMESPACES]
+        self._stacks = self._stacks_now()
+
+    @staticmethod
+    def _stacks_now() -> Any:
+        return {
+            "save hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+            "function modes": torch.overrides._len_torch_function_stack(),  # type: ignore[attr-defined]
+            "dispatch modes": torch._C._len_torch_dispatch_stack(),
+            "grad mode": torch.is_grad_enabled(),
+        }
+
+    def differences(self) -> list[str]:
+        now = self._stacks_now()
+        told = [name for name, value in self._stacks.items() if now[name] != value]
+        for space, before in zip(_NAMESPACES, self._spaces, strict=True):
+            after = vars(space)
+            # map() stops at the shorter one: the lengths say whether there is more.
+            if len(after) != len(before) or not all(map(operator.is_, after.values(), before.values())):
+                missing = object()
+                told += [
+                    f"{space.__name__}.{name}"
+                    for name in before.keys() | after.keys()
+                    if before.get(name, missing) is not after.get(name, missing)
+                    and not isinstance(after.get(name), types.ModuleType)  # imported meanwhile
+                ]
+        return told

@@ -223,7 +223,11 @@ def test_everything_public_is_documented(name: str) -> None:
 
 
 def test_names_only_in_init() -> None:
-    body = TREES["__init__"].body
+    body = list(TREES["__init__"].body)
+    # The names stand in a try, whose handler tells what it means if one of our files is missing.
+    (attempt,) = [node for node in body if isinstance(node, ast.Try)]
+    body[body.index(attempt)] = attempt.body[0]
+    body += attempt.body[1:]
     assert all(isinstance(node, (ast.Expr, ast.ImportFrom, ast.Import, ast.Assign)) for node in body)
     listed = next(
         node.value for node in body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"

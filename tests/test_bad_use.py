@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import torchguard
 from torchguard import Guard, SavedTensorCorruptionError, allow, strict, warn
 
 
@@ -137,3 +142,18 @@ def test_a_guard_says_what_it_is() -> None:
     with guard:
         assert repr(guard) == "<torchguard.Guard action='warn', entered, 0 violations>"
     assert repr(guard) == "<torchguard.Guard action='warn', left, 0 violations>"
+
+
+def test_a_package_that_another_one_was_installed_over_says_so_in_one_line(tmp_path: Path) -> None:
+    package = Path(torchguard.__file__).parent
+    shutil.copytree(package, tmp_path / "torchguard", ignore=shutil.ignore_patterns("_ledger.py", "__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import torchguard"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: torchguard: files of this package are missing")
+    assert "pip install torchguard-autograd" in last

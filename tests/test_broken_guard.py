@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import TracebackType
 from typing import Any
 
@@ -105,3 +106,100 @@ def test_a_guard_that_lets_pass_what_pytorch_refuses_fails(case: Program, monkey
         pytest.skip("refused for another reason than a save's version")
     monkeypatch.setattr("torchguard._reads._refuse", lambda save: None)
     assert fails(case, Mode("lax", torchguard.strict, True, False))
+
+
+class Misplacing(Guard):
+    """Raises in time, and names another line as the one that wrote, or as the one that saved."""
+
+    what = "written"
+
+    def respond(self, violation: Violation) -> None:
+        place = getattr(violation, self.what)
+        if place is not None:
+            moved = dataclasses.replace(place, line=1)
+            violation = dataclasses.replace(violation, **{self.what: moved})
+        super().respond(violation)
+
+
+class MisplacingTheSave(Misplacing):
+    what = "saved"
+
+
+class Miscounting(Guard):
+    """Raises in time, and says of every write that one element more changes."""
+
+    def respond(self, violation: Violation) -> None:
+        super().respond(dataclasses.replace(violation, elements=violation.elements + 1))
+
+
+@pytest.mark.parametrize("broken", [Misplacing, MisplacingTheSave, Miscounting])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in sample("corrupting") if case.caught == "write" and case.exact and case.route != "x.data = y"],
+    ids=str,
+)
+def test_a_guard_whose_report_is_wrong_fails(case: Program, broken: type[Guard]) -> None:
+    assert fails(case, Mode(broken.__name__, broken, True, False))
+
+
+class Repairing(Guard):
+    """Keeps what was saved, so that the guarded program is right where the unguarded one is wrong: it hides the bug."""
+
+    def __enter__(self) -> Guard:
+        super().__enter__()
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.hooks.__exit__(kind, error, traceback)
+        super().__exit__(kind, error, traceback)
+
+
+@pytest.mark.parametrize("case", sample("corrupting"), ids=str)
+def test_a_guard_that_changes_results_fails(case: Program) -> None:
+    guarded = harness.outcome_of(case, harness.Run(), lambda: Repairing("warn"))
+    assert not harness.same_bits(guarded.results, harness.plain_run(case).results)
+    assert fails(case, Mode("repairing", lambda: Repairing("warn"), False, False))
+
+
+class Sticky(Guard):
+    """Leaves a pair of save hooks behind."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        torch._C._autograd._push_saved_tensors_default_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def test_a_guard_that_leaves_its_hooks_fails() -> None:
+    try:
+        assert fails(sample("innocent")[0], Mode("sticky", Sticky, True, False))
+    finally:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+# ---- a program with the wrong label -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claimed", ["corrupting", "innocent", "unread", "refused"])
+@pytest.mark.parametrize("kind", ["corrupting", "innocent", "unread", "refused"])
+def test_a_program_that_is_not_what_it_claims_fails(kind: str, claimed: Any) -> None:
+    for case in sample(kind):
+        wrong = dataclasses.replace(case, kind=claimed)
+        if claimed == kind:
+            harness.check_kind(wrong)
+        else:
+            with pytest.raises(AssertionError):
+                harness.check_kind(wrong)
+
+
+def test_a_truth_that_misses_what_the_write_does_to_the_forward_fails() -> None:
+    """The run without the write is the truth only where the write changes nothing but what backward reads."""
+    case = next(case for case in PROGRAMS if case.name == "alias_written_before_the_save")
+    assert case.truth == "cloned saves"
+    with pytest.raises(AssertionError, match="cloned saves"):
+        harness.check_kind(dataclasses.replace(case, truth="without the write"))

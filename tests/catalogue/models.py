@@ -295,6 +295,15 @@ def _indexes() -> None:
 _indexes()
 
 
+@program(route="layer", kind="innocent", twin_of="layer_batch_norm_training")
+def layer_instance_norm_saves_a_copy_of_its_weight(run: Run) -> Any:
+    layer, x = nn.InstanceNorm1d(4, affine=True), torch.randn(2, 4, 3, requires_grad=True)
+    out = layer(x)
+    run.write(lambda: layer.weight.data.mul_(2))
+    (out.pow(2) * torch.arange(24.0).view(2, 4, 3)).sum().backward()
+    return [x.grad]
+
+
 @program(route=_INDEX, kind="corrupting")
 def mask_of_a_boolean_index(run: Run) -> Any:
     x = run.leaf()
