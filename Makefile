@@ -16,8 +16,8 @@ help: ## show this list
 demo: $(VENV)/installed-demo ## a WGAN with a silent mistake: unguarded, under strict(), and put right
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/installed-dev ## run the tests (ARGS="-n 2 -k name" goes to pytest)
-	$(BIN)/python -m pytest --timeout 600 $(ARGS)
+test: $(VENV)/installed-dev ## run the tests (ARGS="-k name" goes to pytest)
+	$(BIN)/python -m pytest -q -n 2 --timeout 600 $(ARGS)
 
 lint: $(VENV)/installed-dev ## ruff (format and rules) and mypy, changing nothing
 	$(BIN)/ruff format --check .

@@ -39,6 +39,8 @@ def _contents(owner: Any) -> dict[Any, Any]:
     return {key: value for key, value in (torch.jit._builtins._builtin_table or {}).items() if key in relevant}
 
 
+torch.set_num_threads(1)  # the tensors are small, and two test processes share the machine
+
 with torchguard.strict():
     pass  # the first guard has torch fill its tables, once
 
