@@ -141,23 +141,11 @@ _programs("bound_before", "bound before the guard", BOUND, caught="read")
 _programs("looked_up", "looked up in another way", LOOKED_UP, exact=False)
 
 
-@program(route="bound before the guard", kind="corrupting", enters_guard=True)
-def method_of_an_alias_bound_before_the_guard(run: Run) -> Any:
-    """Neither the alias nor the function is known to the guard: only the alias's counter, if it can be found."""
-    w, h = run.leaf(), run.leaf(requires_grad=False)
-    c = h.data
-    with run.guard():
-        out = h * w  # saved
-        run.write(lambda: c.zero_())
-        out.sum().backward()
-    return [w.grad]
-
-
 @program(
     route="bound before the guard",
     kind="innocent",
     enters_guard=True,
-    twin_of="method_of_an_alias_bound_before_the_guard",
+    twin_of="bound_method_called_inside",
 )
 def method_bound_before_the_guard_called_after_backward(run: Run) -> Any:
     w, h = run.leaf(), run.leaf(requires_grad=False)
