@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchguard import Guard, SavedTensorCorruptionError, allow, strict, warn
+from torchguard import Guard, SavedTensorCorruptionError, SavedTensorCorruptionWarning, allow, strict, warn
 
 
 def leaf() -> torch.Tensor:
@@ -245,3 +245,61 @@ def test_blocks_left_out_of_order() -> None:
         with pytest.raises(SavedTensorCorruptionError):
             corrupt()
     assert [violation.allowed for violation in guard.allowed] == ["second"]
+
+
+def _saved_and_allowed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A leaf, an output that is saved, and an alias of it through which an allowed write has gone."""
+    x = leaf()
+    y = x.exp()
+    alias = y.data
+    with allow("on purpose"):
+        alias.zero_()
+    return x, y, alias
+
+
+@pytest.mark.parametrize("every_call", [False, True])
+def test_an_unseen_write_after_an_allowed_one_is_not_allowed(every_call: bool) -> None:
+    with strict(every_call=every_call) as guard:
+        _, y, alias = _saved_and_allowed()
+        with pytest.raises(SavedTensorCorruptionError):
+            torch.add(alias, 1, out=alias)
+            y.sum().backward()
+    assert len(guard.violations) == 1
+
+
+def test_a_seen_write_after_an_allowed_one_is_not_allowed() -> None:
+    with strict():
+        _, _, alias = _saved_and_allowed()
+        with pytest.raises(SavedTensorCorruptionError):
+            alias.add_(1)
+
+
+def test_nothing_after_an_allowed_write_is_no_violation() -> None:
+    with strict() as guard:
+        x, y, _ = _saved_and_allowed()
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()
+        assert x.grad is not None
+        assert x.grad.tolist() == [0, 0, 0]
+    assert guard.violations == []
+
+
+def test_an_unseen_write_after_one_that_was_warned_of_is_another_finding() -> None:
+    with warn() as guard, pytest.warns(SavedTensorCorruptionWarning) as caught:
+        y = leaf().exp()
+        alias = y.data
+        alias.zero_()
+        torch.add(alias, 1, out=alias)
+        y.sum().backward()
+    assert [violation.kind for violation in guard.violations] == ["write", "unseen"]
+    assert len(caught) == 2
+
+
+def test_every_backward_over_a_corrupted_save_is_stopped() -> None:
+    with strict():
+        y = leaf().exp()
+        alias = y.data
+        torch.add(alias, 1, out=alias)
+        for _ in range(2):
+            with pytest.raises(SavedTensorCorruptionError):
+                y.sum().backward(retain_graph=True)

@@ -20,8 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_findings": {"_torch", "_violation"},
     "_hooks": {"_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_writers",
-        "_writes",
+        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves", "_torch",
+        "_writers", "_writes",
     },
     "_ledger": set(),
     "_memory": {"_model", "_torch"},
@@ -29,14 +29,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_overlap": {"_model"},
     "_places": {"_model"},
     "_policy": {"_violation"},
-    "_reads": {"_aliases", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_violation"},
+    "_reads": {
+        "_aliases", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_verdict", "_violation",
+    },
     "_refusal": {"_torch"},
-    "_saves": {"_aliases", "_ledger", "_memory", "_places", "_policy", "_torch"},
+    "_saves": {"_aliases", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation"},
     "_torch": set(),
+    "_verdict": {"_memory", "_places", "_policy", "_saves", "_violation"},
     "_violation": {"_model"},
     "_writers": {"_torch"},
     "_writes": {
-        "_aliases", "_memory", "_overlap", "_places", "_policy", "_saves", "_torch", "_violation", "_writers",
+        "_aliases", "_memory", "_overlap", "_places", "_saves", "_torch", "_verdict", "_violation", "_writers",
     },
     "guard": {"_findings", "_hooks", "_intercept", "_policy", "_reads", "_violation"},
 }  # fmt: skip

@@ -18,7 +18,7 @@ from torchguard._memory import (
     changed_bytes,
     describe,
     reach,
-    replica_of,
+    replicas_of,
     same_bytes,
     shares_counter,
     span_of,
@@ -290,22 +290,22 @@ def filled(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_replica_has_the_same_layout_and_values_over_memory_of_its_own(layout: str, dtype: torch.dtype) -> None:
     tensor = LAYOUTS[layout](filled(dtype))
-    replica, memory = replica_of(tensor)
+    replica = replicas_of([tensor])[id(tensor)]
     assert (replica.shape, replica.stride(), replica.dtype) == (tensor.shape, tensor.stride(), dtype)
     assert torch.equal(replica, tensor)
     before = tensor.clone()
     replica.fill_(1)
     assert torch.equal(tensor, before)
-    assert storage_of(replica) == storage_of(memory) != storage_of(tensor)
+    assert storage_of(replica) != storage_of(tensor)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)], ids=str)
 def test_an_empty_tensor_has_an_empty_replica_that_nothing_can_change(shape: tuple[int, ...]) -> None:
     tensor = torch.zeros(shape)
-    replica, memory = replica_of(tensor)
+    replica = replicas_of([tensor])[id(tensor)]
     assert replica.shape == tensor.shape
     replica.fill_(1)
-    assert not changed_bytes(tensor, memory).any()
+    assert not changed_bytes(tensor, replica).any()
     assert not reach(tensor).any()
 
 
@@ -316,11 +316,11 @@ def test_touched_elements_are_those_that_differ_afterwards(written: str, layout:
     """A write to one view, rehearsed on a replica, against the elements of another view that really change."""
     base = filled(dtype)
     target, save = LAYOUTS[written](base), LAYOUTS[layout](base)
-    replica, memory = replica_of(target)
+    replica = replicas_of([target])[id(target)]
     value = True if dtype == torch.bool else 77
     (replica if replica.stride().count(0) == 0 else replica[0]).fill_(value)
 
-    mask = changed_bytes(target, memory)
+    mask = changed_bytes(target, replica)
     here, there = span_of(target), span_of(save)
     assert here is not None
     assert there is not None
@@ -351,36 +351,48 @@ def test_touched_elements_by_brute_force(data: Any) -> None:
 def test_a_reinterpretation_touches_the_elements_whose_bytes_it_changes() -> None:
     save = torch.zeros(4)
     bytes_ = save.view(torch.uint8)
-    replica, memory = replica_of(bytes_)
+    replica = replicas_of([bytes_])[id(bytes_)]
     replica[5] = 1  # the second byte of the second element
     here, there = span_of(bytes_), span_of(save)
     assert here is not None
     assert there is not None
-    assert touched_elements(changed_bytes(bytes_, memory), here.address, there) == 1
+    assert touched_elements(changed_bytes(bytes_, replica), here.address, there) == 1
 
 
 def test_a_write_of_the_value_that_is_there_changes_no_byte() -> None:
     tensor = torch.tensor([0.0, float("nan"), 3.0])
-    replica, memory = replica_of(tensor)
+    replica = replicas_of([tensor])[id(tensor)]
     replica.copy_(tensor.clone())
-    assert not changed_bytes(tensor, memory).any()
+    assert not changed_bytes(tensor, replica).any()
     replica[0] = -0.0
-    assert changed_bytes(tensor, memory).sum() == 1  # the sign of zero is a byte like any other
+    assert changed_bytes(tensor, replica).sum() == 1  # the sign of zero is a byte like any other
+
+
+def test_what_shares_memory_shares_the_copy() -> None:
+    base, elsewhere = torch.arange(12.0), torch.ones(2)
+    row, all_, part = base[4:8], base.view(3, 4), base.view(torch.uint8)[40:44]
+    replicas = replicas_of([row], [all_, part, elsewhere])
+    assert set(replicas) == {id(row), id(all_), id(part)}
+    replicas[id(row)].fill_(7)
+    assert replicas[id(all_)].tolist() == [[0, 1, 2, 3], [7] * 4, [8, 9, 10, 11]]
+    replicas[id(part)].zero_()
+    assert replicas[id(all_)][2].tolist() == [8, 9, 0, 11]
+    assert torch.equal(base, torch.arange(12.0))
 
 
 def test_gaps_between_elements_do_not_count() -> None:
     base = torch.zeros(4, 6)
     column = base[:, 1]
-    replica, memory = replica_of(column)
-    memory.fill_(1)
+    replica = replicas_of([column])[id(column)]
+    replica.untyped_storage().fill_(1)  # its gaps as well
     span = span_of(column)
     assert span is not None
-    assert touched_elements(changed_bytes(column, memory), span.address, span) == 4
+    assert touched_elements(changed_bytes(column, replica), span.address, span) == 4
     other = span_of(base[:, 2])
     assert other is not None
-    replica, memory = replica_of(column)
+    replica = replicas_of([column])[id(column)]
     replica.fill_(1)
-    assert touched_elements(changed_bytes(column, memory), span.address, other) == 0
+    assert touched_elements(changed_bytes(column, replica), span.address, other) == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

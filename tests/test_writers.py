@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from torchguard import Guard, _torch, _writers
-from torchguard._writers import OUT, Writer, tensors_in, writer_of, writer_of_operator, writers_in
+from torchguard._writers import OUT, Writer, substituted, tensors_in, writer_of, writer_of_operator, writers_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -494,18 +494,18 @@ def test_out_is_a_target() -> None:
     assert [t is t2 for t, t2 in zip(OUT.targets((y,), {"out": (x, y)}), (x, y), strict=True)] == [True, True]
 
 
-def test_substitution_replaces_the_written_arguments_only() -> None:
+def test_substitution_replaces_what_has_a_replica_wherever_it_stands() -> None:
     x, y, copy = f(3), f(3), f(3)
-    add = writer_of("add_")
-    assert add is not None
-    args, kwargs = add.substituted((x, x), {"alpha": 2}, {id(x): copy})
-    assert args[0] is copy
-    assert args[1] is x
-    assert kwargs == {"alpha": 2}
-    args, kwargs = OUT.substituted((y, x), {"out": x}, {id(x): copy})
-    assert args[0] is y
-    assert args[1] is x
-    assert kwargs["out"] is copy
+    index = (slice(None), [0, 1])
+    args = substituted((x, [y, x], (x, index), 2, torch.Size([3])), {id(x): copy})
+    assert args[0] is args[1][1] is args[2][0] is copy
+    assert args[1][0] is y
+    assert args[2][1] is index
+    assert isinstance(args[4], torch.Size)
+    assert [type(value) for value in args[1:3]] == [list, tuple]
+    values = torch.max(torch.ones(2, 2), 0)
+    assert substituted(values, {id(values.indices): copy})[1] is copy
+    assert substituted(values, {}) is values
 
 
 def test_titles_read_as_the_program_does() -> None:

@@ -175,15 +175,15 @@ class Aliases:
         for storage in list(self.by_storage):
             self.forget_dead(storage)
 
-    def arm(self, storage: int) -> bool:
+    def arm(self, storage: int, saved: torch.Tensor) -> bool:
         """A save is being made in this storage: watch the counters of the aliases that live. False if none
-        does.
+        does but what is being saved, whose counter is the save's.
         """
         alive = False
         for record in self.by_storage.get(storage, ()):
             alias = record()
             if alias is not None:
-                alive = True
+                alive = alive or alias is not saved
                 if record.counter is None:
                     record.arm(alias)
         return alive
@@ -215,7 +215,7 @@ class Aliases:
             if here is None or save.moved or overlaps(span, here) is False:
                 continue
             remarks = save.remark()
-            if not remarks.settled and remarks.suspect is None:
+            if remarks.suspect is None:
                 remarks.suspect = record
 
     def forget(self, tensor: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ import torch
 import wrapt
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _hooks, _memory, _places, _policy, _torch, _writers, _writes
+from torchguard import _hooks, _memory, _places, _policy, _refusal, _torch, _writers, _writes
 from torchguard._aliases import ALIASES
 from torchguard._reads import DETACHED
 from torchguard._saves import LEDGER, is_foreign
@@ -253,7 +253,7 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
                     enter_young(alias, storage, *(instruction or (None, 0)))
                 return alias
         if isinstance(alias, torch.Tensor):
-            _writes.enter_alias(alias, frame)
+            _writes.enter_alias(alias, _places.user_instruction(frame))
         return alias
 
     return get_data
@@ -285,10 +285,18 @@ def _detach_in_place(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
 
 
 def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.utils.swap_tensors`` refuses tensors with weak references: the guard drops its own."""
+    """``torch.utils.swap_tensors`` refuses tensors that have weak references, or that autograd holds.
+
+    The guard drops its weak references, and for the time of the call PyTorch holds what the guard's saves hold for it.
+    """
+    held = []
     for tensor in _writers.tensors_in([*args, *kwargs.values()]):
         ALIASES.forget(tensor)
-    return wrapped(*args, **kwargs)
+        held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor)]
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        held.clear()
 
 
 def _prepare() -> list[_Patch]:

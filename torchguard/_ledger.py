@@ -180,6 +180,13 @@ class Ledger(Generic[E]):
                     self._close(storage)
         return live
 
+    def all_alive(self) -> list[E]:
+        """All live saves."""
+        self.file()
+        with self._lock:
+            entries = [item() for group in self.groups.values() for item in group]
+        return [entry for entry in entries if entry is not None]
+
     @property
     def has_foreign(self) -> bool:
         """Whether a save may lie in memory that torch's allocator did not hand out."""

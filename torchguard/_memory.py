@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ NO_MEMORY = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 
 #: Taken before anything is patched: what the guard writes is not to be judged.
 _copy = torch.Tensor.copy_
+_set = torch.Tensor.set_
 _get_data: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -107,15 +108,52 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def replica_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tensor of the same layout over a copy of the same memory, and that copy."""
-    memory = _stretch(tensor).clone()
-    return memory.as_strided(tensor.shape, tensor.stride(), 0), memory
+def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = ()) -> dict[int, torch.Tensor]:
+    """For each tensor, by its id, one of the same layout over a copy of its memory.
+
+    What shares memory shares the copy, so a call that reads in one argument what it writes in another finds its own
+    writes. Tensors that are read from memory that nothing writes to are left out.
+    """
+    groups: dict[int, list[torch.Tensor]] = {}
+    for tensor in written:
+        groups.setdefault(_torch.storage_id(tensor), []).append(tensor)
+    for tensor in read:
+        group = groups.get(storage_of(tensor))
+        if group is not None and not (tensor.is_conj() or tensor.is_neg()):
+            group.append(tensor)
+    replicas = {}
+    for group in groups.values():
+        reaches = [_reach_in_storage(tensor) for tensor in group]
+        low = min(reach.start for reach in reaches) // _ALIGNMENT * _ALIGNMENT
+        high = max(reach.stop for reach in reaches)
+        storage = group[0].untyped_storage()
+        memory = _over(storage, torch.uint8, low, (high - low,), (1,)).clone().untyped_storage()
+        for tensor, reach in zip(group, reaches, strict=True):
+            offset = (reach.start - low) // tensor.element_size()
+            replicas[id(tensor)] = _over(memory, tensor.dtype, offset, tensor.shape, tensor.stride())
+    return replicas
 
 
-def overwrite(tensor: torch.Tensor, memory: torch.Tensor) -> None:
-    """Put a copy's memory (see :func:`replica_of`) back into the elements; no version counter moves."""
-    _copy(_get_data(tensor), memory.as_strided(tensor.shape, tensor.stride(), 0))
+#: No element type is wider.
+_ALIGNMENT = 16
+
+
+def _reach_in_storage(tensor: torch.Tensor) -> range:
+    """The bytes from the tensor's first to its last element, counted from the beginning of its storage."""
+    itemsize = tensor.element_size()
+    start = int(tensor.storage_offset()) * itemsize
+    return range(start, start + _extent(tensor) * itemsize)
+
+
+def _over(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
+    return _set(torch.empty(0, dtype=dtype, device=storage.device), storage, offset, shape, stride)
+
+
+def overwrite(tensor: torch.Tensor, replica: torch.Tensor) -> None:
+    """Put what a replica holds into the tensor's elements; no version counter of the tensor moves."""
+    _copy(_get_data(tensor), replica)
 
 
 @contextmanager
@@ -146,9 +184,9 @@ def same_random_numbers(targets: Iterable[torch.Tensor], generator: torch.Genera
 _asking_for_states = threading.Lock()
 
 
-def changed_bytes(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """Which bytes of the tensor's memory (from first to last element) differ from ``memory``, as a mask."""
-    return as_bytes(_stretch(tensor)) != as_bytes(memory)
+def changed_bytes(tensor: torch.Tensor, replica: torch.Tensor) -> torch.Tensor:
+    """Which bytes of the tensor's memory (from first to last element) differ in ``replica``, as a mask."""
+    return as_bytes(_stretch(tensor)) != as_bytes(_stretch(replica))
 
 
 def touched_elements(mask: torch.Tensor, address: int, span: Span) -> int:

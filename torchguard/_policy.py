@@ -67,9 +67,12 @@ def leave(guard: Respondent) -> None:
         home.remove(guard)
 
 
-def answer(describe: Callable[[str | None], Violation]) -> None:
-    """Let the innermost guard answer a violation, which ``describe`` (given the reason to allow it) makes."""
-    guard = innermost()
+def answer(describe: Callable[[str | None], Violation], left: Respondent | None = None) -> None:
+    """Let the innermost guard answer a violation, which ``describe`` (given the reason to allow it) makes.
+
+    Where no guard is on any more, ``left`` answers: one that was left before its suspicion was settled.
+    """
+    guard = innermost() or left
     if guard is None:
         return
     if state.reasons:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from torchguard import _memory, _places, _policy, _refusal, _torch
+from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
 from torchguard._aliases import ALIASES
 from torchguard._saves import LEDGER, Save
-from torchguard._violation import Kind, Violation
+from torchguard._violation import Kind
 
 #: A save's version once its tensor was detached in place, which PyTorch refuses to unpack.
 DETACHED = -2
@@ -93,8 +93,6 @@ def _refuse(save: Save) -> None:
 
 def _examine(save: Save) -> None:
     remarks = save.remark()
-    if remarks.settled:
-        return
     tensor = save.tensor
     rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
     if not (rebound or remarks.compare or remarks.suspect is not None):
@@ -102,7 +100,38 @@ def _examine(save: Save) -> None:
     if remarks.proof is not None and _memory.same_bytes(tensor, remarks.proof):
         remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
         return
-    _report(save, "rebind" if rebound else "unseen")
+    _report(save, rebound)
+
+
+def _report(save: Save, rebound: bool) -> None:
+    remarks = save.remark()
+    suspect = remarks.suspect
+    read = _places.user_instruction(sys._getframe(1))
+    kind: Kind = "rebind" if rebound else "unseen"
+    operation, written = "x.data = y" if rebound else "", read
+    if remarks.writer is not None and not rebound:
+        kind, operation, written = remarks.writer
+    _verdict.pronounce(
+        save,
+        kind,
+        operation,
+        aliased=None if suspect is None else suspect.instruction,
+        written=written,
+        read=read,
+        elements=_changed_elements(save),
+        caught="read",
+    )
+    save.accept()  # nothing was raised: a later write is another violation
+
+
+def _changed_elements(save: Save) -> int:
+    """How many elements differ from the proof; all of them where there is none."""
+    tensor, proof = save.tensor, None if save.remarks is None else save.remarks.proof
+    if proof is None or proof.shape != tensor.shape or not tensor.numel():
+        return tensor.numel()
+    with _torch.hidden():
+        changed = _memory.as_bytes(proof.contiguous()) != _memory.as_bytes(tensor.contiguous())
+        return int(changed.view(-1, tensor.element_size()).any(-1).sum())
 
 
 def look_for_unseen_writes(leaving: bool = False) -> None:
@@ -117,30 +146,14 @@ def look_for_unseen_writes(leaving: bool = False) -> None:
                     _examine(save)  # inside the block, so it is recorded as allowed
 
 
-def _report(save: Save, kind: Kind) -> None:
-    remarks = save.remark()
-    remarks.settled = True
-    suspect = remarks.suspect
-    here = _places.user_instruction(sys._getframe(1))
-    elements = save.tensor.numel()
-    if remarks.proof is not None and remarks.proof.shape == save.tensor.shape:
-        changed = _memory.as_bytes(remarks.proof.contiguous()) != _memory.as_bytes(save.tensor.contiguous())
-        elements = int(changed.view(-1, save.tensor.element_size()).any(-1).sum()) if changed.numel() else 0
-
-    def describe(reason: str | None) -> Violation:
-        return Violation(
-            kind=kind,
-            operation="x.data = y" if kind == "rebind" else "",
-            saved=_places.place_of(save.instruction),
-            aliased=None if suspect is None else _places.place_of(suspect.instruction),
-            written=_places.place_of(here),
-            saved_by=save.operation,
-            elements=elements,
-            of=save.tensor.numel(),
-            caught="read",
-            allowed=reason,
-            thread=threading.current_thread().name,
-            **_memory.describe(save.tensor),
-        )
-
-    _policy.answer(describe)
+def leave_to(guard: _policy.Respondent) -> None:
+    """``guard``, the last one, is being left: it answers for what was written under it and is read afterwards."""
+    look_for_unseen_writes()
+    for save in LEDGER.all_alive():
+        remarks = save.remarks
+        if (
+            remarks is not None
+            and (remarks.suspect is not None or remarks.compare)
+            and (remarks.proof is None or not _memory.same_bytes(save.tensor, remarks.proof))
+        ):
+            remarks.guard = guard

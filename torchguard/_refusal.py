@@ -19,8 +19,8 @@ class _Saver(torch.autograd.Function):
     """Saves a tensor of any dtype the way PyTorch saves an input."""
 
     @staticmethod
-    def forward(ctx: Any, one: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(tensor)
+    def forward(ctx: Any, one: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)  # in a list, it is saved and no input: no edge leads to it
         return one.clone()
 
     @staticmethod
@@ -45,15 +45,20 @@ def refusal(tensor: torch.Tensor, expected: int, node: str | None, output: int) 
     return RuntimeError(message)
 
 
+def hold(tensor: torch.Tensor) -> Any:
+    """A node of PyTorch's own that has ``tensor`` saved, without the guard's hooks."""
+    with _torch.unseen(), _torch.without_hooks(), torch.enable_grad():
+        return _Saver.apply(torch.ones((), requires_grad=True), [tensor]).grad_fn  # type: ignore[no-untyped-call]
+
+
 def _native_message(tensor: torch.Tensor, expected: int) -> str:
     now = tensor._version
-    with _torch.unseen(), _torch.without_hooks(), torch.enable_grad():
-        one = torch.ones((), requires_grad=True)
-        _torch.set_version(tensor, expected)
-        try:
-            node: Any = _Saver.apply(one, tensor).grad_fn  # type: ignore[no-untyped-call]
-        finally:
-            _torch.set_version(tensor, now)
+    _torch.set_version(tensor, expected)
+    try:
+        node = hold(tensor)
+    finally:
+        _torch.set_version(tensor, now)
+    with _torch.unseen():
         return _unpacking(lambda: node.saved_tensors)
 
 

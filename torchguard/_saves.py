@@ -24,6 +24,7 @@ import torch
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._ledger import Extent, Ledger
+from torchguard._violation import Kind
 
 #: A node that is a custom Function may have made other nodes in its forward, which upsets the sequence
 #: numbers.
@@ -41,17 +42,19 @@ _OWN_FILES = frozenset({__file__, os.path.join(os.path.dirname(__file__), "_inte
 class Remarks:
     """What is known of the few saves about which there is something to say."""
 
-    __slots__ = ("compare", "proof", "settled", "suspect", "view")
+    __slots__ = ("compare", "guard", "proof", "suspect", "view", "writer")
 
     def __init__(self) -> None:
         #: The alias whose counter moved without a write that the guard saw.
         self.suspect: AliasRecord | None = None
         #: A copy of the saved bytes.
         self.proof: torch.Tensor | None = None
-        #: Whether the bytes decide at the read: a trusted writer has written.
+        #: Whether the bytes decide at the read: a trusted or a silent writer has been at work.
         self.compare = False
-        #: Whether a violation has been answered already: one save is reported once.
-        self.settled = False
+        #: What the last such writer was, and where, if the guard saw it.
+        self.writer: tuple[Kind, str, _places.Instruction] | None = None
+        #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.
+        self.guard: _policy.Respondent | None = None
         #: Where the output is a view that was written in place, a weak hold on it: PyTorch names its node in
         #: a refusal while it lives, and the node that reads once it is gone.
         self.view: ref[torch.Tensor] | None = None
@@ -111,6 +114,28 @@ class Save:
                 return
             if remarks.proof is None and _memory.span_of(tensor) is not None:
                 remarks.proof = tensor.detach().clone()
+
+    def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
+        """A write is coming that nobody can judge now: keep proof, and compare when backward reads."""
+        self.keep_proof()
+        remarks = self.remark()
+        remarks.compare = True
+        remarks.writer = (kind, operation, here)
+
+    def accept(self) -> None:
+        """What has happened to the save so far has been answered: what is there now is what backward is to find."""
+        if self.node is None:
+            storage = _memory.storage_of(self.tensor)
+            if storage != self.storage:
+                self.storage = storage
+                if not any(save is self for save in LEDGER.in_storage(storage)):
+                    LEDGER.add(self)
+        remarks = self.remarks
+        if remarks is not None:
+            remarks.suspect = remarks.guard = remarks.writer = None
+            if remarks.proof is not None:
+                remarks.proof = None
+                self.keep_proof()
 
     @property
     def moved(self) -> bool:
@@ -240,7 +265,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             young.pop(storage, None)  # a temporary of the last step
         if storage in young or storage in aliases:
             ALIASES.sync(storage)
-            if ALIASES.arm(storage):
+            if ALIASES.arm(storage, tensor):
                 save.keep_proof(PROOF_BYTES_AT_SAVE)
         append(ref(save))
         if len(pending) > _FILE_AT:

@@ -46,6 +46,7 @@ class Violation:
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
         written: where the write is; for an unseen write, where backward read the save.
+        read: where backward read the save, if the violation was found then.
         saved_by: the operation that saved the tensor, ``"sigmoid"`` say; ``""`` where it cannot be known.
         dtype: element type of the save, ``"float32"`` say.
         shape: shape of the save.
@@ -73,6 +74,7 @@ class Violation:
     allowed: str | None = None
     thread: str = "MainThread"
     times: int = 1
+    read: Place | None = None
 
     @property
     def site(self) -> tuple[Any, ...]:
@@ -124,6 +126,8 @@ class Violation:
             places.append(("read", self.written, f"up to {changed}"))
         else:
             places.append(("written", self.written, changed))
+            if self.caught == "read" and self.read != self.written:
+                places.append(("read", self.read, ""))
         return places
 
     def _unknown(self, label: str) -> str:

@@ -8,7 +8,7 @@ operators' schemas, which say what each of them mutates. What a schema does not 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,30 +134,12 @@ class Writer:
             found.extend(tensors_in(value))
         return found
 
-    def substituted(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], copies: Mapping[int, torch.Tensor]
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """The same arguments with each written tensor replaced by ``copies[id(tensor)]``."""
-
-        def copy(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return copies.get(id(value), value)
-            if isinstance(value, (list, tuple)):
-                return [copy(item) for item in value]
-            return value
-
-        positions = {position for position, _ in self.written}
-        keywords = {keyword for _, keyword in self.written} | {"input"}
-        return (
-            [copy(value) if i in positions else value for i, value in enumerate(args)],
-            {name: copy(value) if name in keywords else value for name, value in kwargs.items()},
-        )
-
 
 #: The position of an argument that is passed by keyword only.
 _NO_POSITION = 10**6
 
 _TITLES = {
+    "out=": "out=",
     "__setitem__": "x[i] = v",
     "__iadd__": "+=",
     "__isub__": "-=",
@@ -183,6 +165,27 @@ def tensors_in(value: Any) -> Iterable[torch.Tensor]:
     if isinstance(value, (list, tuple)):
         return [item for item in value if isinstance(item, torch.Tensor)]
     return ()
+
+
+def all_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors anywhere in an argument's lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from all_tensors(item)
+
+
+def substituted(value: Any, replicas: Mapping[int, torch.Tensor]) -> Any:
+    """The same argument with each tensor that has a replica (by its id) replaced by it, lists and tuples kept."""
+    if isinstance(value, torch.Tensor):
+        return replicas.get(id(value), value)
+    if not isinstance(value, (list, tuple)):
+        return value
+    items = [substituted(item, replicas) for item in value]
+    if all(new is old for new, old in zip(items, value, strict=True)):
+        return value  # a torch.Size stays one
+    return items if isinstance(value, list) else tuple(items)
 
 
 def _can_write(name: str) -> bool:
@@ -262,7 +265,7 @@ def writer_of_operator(operator: Any) -> Writer | None:
 
 
 #: ``out=``: whatever the function is, this is what it writes to.
-OUT = Writer("out=", written=((_NO_POSITION, "out"),))
+OUT = Writer("out=", written=((_NO_POSITION, "out"),), draws=True)  # it may be any function
 
 #: ``nn.init.eye_`` writes by ``out=``, which no patch sees.
 EYE = Writer("eye_", written=((0, "tensor"),))

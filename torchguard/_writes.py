@@ -9,24 +9,19 @@ what a call might do. It is paid for only by a call that would otherwise be repo
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from torchguard import _memory, _places, _policy, _torch
+from torchguard import _memory, _places, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._overlap import overlaps
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
-from torchguard._violation import (
-    Kind,
-    SavedTensorCorruptionError,
-    SavedTensorCorruptionWarning,
-    Violation,
-)
-from torchguard._writers import OUT, Writer
+from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
+from torchguard._writers import Writer, all_tensors, substituted
 
 #: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
 _TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
@@ -69,7 +64,7 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     with _torch.no_torch_function():
         _look(writer, args, kwargs, watched, hits)
     if hits:
-        error = _verdict(writer, call, args, kwargs, hits)
+        error = _judge(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
             if error.args:
                 raise error.args[0]
@@ -79,14 +74,16 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
                 raise error
             finally:
                 del error  # it refers to this frame
-        hits.clear()
-    if not watched:
+    if not watched and not hits:
         return call(*args, **kwargs)
     try:
         return call(*args, **kwargs)
     finally:
         for storage in watched:
             ALIASES.settle(storage)
+        for hit in hits:
+            hit.save.accept()
+        hits.clear()
 
 
 def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watched: list[int], hits: list[_Hit]) -> None:
@@ -118,10 +115,10 @@ def _is_silent(writer: Writer, counted: bool, target: torch.Tensor, save: Save) 
     return not (counted and _memory.shares_counter(target, save.tensor))
 
 
-def _verdict(
+def _judge(
     writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[_Hit]
 ) -> Exception | None:
-    """Have the hits answered; what the answer raised is returned.
+    """Have the hits answered; what the answer raised is returned. What is left in ``hits`` has been answered.
 
     An error is raised by the caller, without the frames below: their locals would keep saves alive as long as
     somebody keeps the error.
@@ -138,75 +135,46 @@ def _answer(
     writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[_Hit]
 ) -> None:
     frame = sys._getframe(3)
-    if _places.called_from(frame, _TRUSTED_FILES):
-        _let_bytes_decide([hit.save for hit in hits])
-        return
-    try:
-        changes = _rehearse(writer, call, args, kwargs)
-    except Exception:
-        # PyTorch refuses the call, and says so itself in a moment. Should it not, the bytes decide.
-        _let_bytes_decide([hit.save for hit in hits])
-        return
     here = _places.user_instruction(frame)
-    corrupted = []
+    rehearsals: dict[int, _Rehearsal] | None = None
+    if not _places.called_from(frame, _TRUSTED_FILES):
+        # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
+        with suppress(Exception):
+            rehearsals = _rehearse(writer, call, args, kwargs)
+    if rehearsals is None:
+        for hit in hits:
+            hit.save.let_bytes_decide("write" if hit.counted else "uncounted", writer.title, here)
+        hits.clear()
+        return
     with _torch.hidden():
         for hit in hits:
             span = _memory.span_of(hit.save.tensor)
-            rehearsal = changes[id(hit.target)]
+            rehearsal = rehearsals[id(hit.target)]
             if span is not None:
                 hit.elements = _memory.touched_elements(rehearsal.mask, rehearsal.address, span)
-            if hit.elements:
-                corrupted.append(hit)
-    for hit in corrupted:
+    hits[:] = [hit for hit in hits if hit.elements]
+    for hit in hits:
         shared = not hit.counted and _memory.shares_counter(hit.target, hit.save.tensor)
-        report(hit.save, "uncounted" if shared else "write", writer.title, here, hit.elements, hit.target)
-    for hit in corrupted:
-        hit.save.remark().settled = True
+        _verdict.pronounce(
+            hit.save,
+            "uncounted" if shared else "write",
+            writer.title,
+            aliased=ALIASES.taken_at(hit.target, _memory.storage_of(hit.target)),
+            written=here,
+            elements=hit.elements,
+            caught="write",
+        )
     if writer.calls_back:
         # The user's function has run, on the copy: put down what it made instead of running it again.
         with _torch.hidden():
             for target in writer.targets(args, kwargs):
-                rehearsal = changes[id(target)]
-                if rehearsal.memory is None:
+                replica = rehearsals[id(target)].replica
+                if replica is None:
                     return
-                _memory.overwrite(target, rehearsal.memory)
-        raise _Done(*[rehearsal.failure for rehearsal in changes.values() if rehearsal.failure is not None])
-
-
-def report(
-    save: Save,
-    kind: Kind,
-    operation: str,
-    here: _places.Instruction,
-    elements: int,
-    target: torch.Tensor | None,
-) -> None:
-    """Have a violation at the write answered: raises under ``strict()``."""
-    alias = None if target is None else ALIASES.taken_at(target, _memory.storage_of(target))
-
-    def describe(reason: str | None) -> Violation:
-        return Violation(
-            kind=kind,
-            operation=operation,
-            saved=_places.place_of(save.instruction),
-            aliased=_places.place_of(alias),
-            written=_places.place_of(here),
-            saved_by=save.operation,
-            elements=elements,
-            of=save.tensor.numel(),
-            allowed=reason,
-            thread=threading.current_thread().name,
-            **_memory.describe(save.tensor),
-        )
-
-    _policy.answer(describe)
-
-
-def _let_bytes_decide(saves: Sequence[Save]) -> None:
-    """Keep the saved bytes and compare them at the read."""
-    for save in saves:
-        save.keep_proof()
-        save.remark().compare = True
+                _memory.overwrite(target, replica)
+        for hit in hits:
+            hit.save.accept()
+        raise _Done(*[rehearsal.failure for rehearsal in rehearsals.values() if rehearsal.failure is not None])
 
 
 @dataclass
@@ -216,13 +184,13 @@ class _Rehearsal:
     Attributes:
         mask: which bytes of the target's memory, from first to last, it changes.
         address: where the first of these bytes lies.
-        memory: the copy, after the call; None where it was not rehearsed.
+        replica: the target's copy, after the call; None where it was not rehearsed.
         failure: what the user's function raised, where the call calls one.
     """
 
     mask: torch.Tensor
     address: int
-    memory: torch.Tensor | None = None
+    replica: torch.Tensor | None = None
     failure: Exception | None = None
 
 
@@ -231,29 +199,22 @@ def _rehearse(
 ) -> dict[int, _Rehearsal]:
     """What the call changes, for each tensor that it writes to (by id)."""
     targets = writer.targets(args, kwargs)
-    # An out= call is not asked whether it draws: it may be any function.
-    draws = writer.draws or writer is OUT
-    with _torch.hidden(), _memory.same_random_numbers(targets if draws else (), kwargs.get("generator")):
+    generator = kwargs.get("generator")
+    with _torch.hidden(), _memory.same_random_numbers(targets if writer.draws else (), generator):
         if any(target.is_conj() or target.is_neg() or target.is_quantized for target in targets):
             # The copy would not be such a tensor: count every element that the call is given.
             return {id(target): _Rehearsal(_memory.reach(target), _address(target)) for target in targets}
-        copies, memories = {}, {}
+        replicas = _memory.replicas_of(targets, all_tensors([*args, *kwargs.values()]))
         failure: Exception | None = None
-        for target in targets:
-            copies[id(target)], memories[id(target)] = _memory.replica_of(target)
-        new_args, new_kwargs = writer.substituted(args, kwargs, copies)
         try:
-            call(*new_args, **new_kwargs)
+            call(*substituted(args, replicas), **{name: substituted(kwargs[name], replicas) for name in kwargs})
         except Exception as error:
             if not writer.calls_back:
                 raise
             failure = error  # the user's function raised, half-way: so far the memory is written
         return {
             id(target): _Rehearsal(
-                _memory.changed_bytes(target, memories[id(target)]),
-                _address(target),
-                memories[id(target)],
-                failure,
+                _memory.changed_bytes(target, replicas[id(target)]), _address(target), replicas[id(target)], failure
             )
             for target in targets
         }
@@ -276,51 +237,52 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     Raises:
         SavedTensorCorruptionError: by the innermost guard, before anything has changed.
     """
-    saves = _saves_of(tensor)
+    saves = saves_of(tensor)
     frame = sys._getframe(1)
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
-        error = None if _same(tensor, value) else _rebind_verdict(tensor, saves)
+        error = None if _same(tensor, value) else _judge_rebinding(tensor, saves)
         if error is not None:
             try:
                 raise error
             finally:
                 del error  # it refers to this frame
-        setter(tensor, value)
-        storage = _memory.storage_of(tensor)
-        there = LEDGER.in_storage(storage)
-        for save in saves:  # what backward will read lies elsewhere now
-            save.storage = storage
-            if not any(save is other for other in there):
-                LEDGER.add(save)
-        saves.clear()
-    else:
-        setter(tensor, value)
+    ALIASES.forget(tensor)  # of the memory that it leaves
+    setter(tensor, value)
+    for save in saves:  # what backward will read lies elsewhere now
+        save.accept()
+    saves.clear()
     if isinstance(value, torch.Tensor) and type(value) in _memory.PLAIN_TYPES:
-        enter_alias(value, frame, _memory.version_of(value))
+        here = _places.user_instruction(frame)
+        for alias in (value, tensor):  # the same memory, two counters
+            enter_alias(alias, here, _memory.version_of(alias))
 
 
-def _saves_of(tensor: torch.Tensor) -> list[Save]:
+def saves_of(tensor: torch.Tensor) -> list[Save]:
     """The live saves that hold this very tensor."""
     storage = _memory.storage_of(tensor)
     return [save for save in LEDGER.in_storage(storage) if save.tensor is tensor] if storage else []
 
 
-def _rebind_verdict(tensor: torch.Tensor, saves: list[Save]) -> Exception | None:
+def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | None:
     frame = sys._getframe(2)
-    if _places.called_from(frame, _TRUSTED_FILES):
-        _let_bytes_decide(saves)
-        return None
     here = _places.user_instruction(frame)
+    trusted = _places.called_from(frame, _TRUSTED_FILES)
     try:
         for save in saves:
-            if not save.moved:
-                report(save, "rebind", "x.data = y", here, save.tensor.numel(), None)
+            if trusted:
+                save.let_bytes_decide("rebind", _REBINDING, here)
+            elif not save.moved:
+                elements = save.tensor.numel()
+                _verdict.pronounce(
+                    save, "rebind", _REBINDING, aliased=None, written=here, elements=elements, caught="write"
+                )
     except (SavedTensorCorruptionError, SavedTensorCorruptionWarning) as error:
         saves.clear()
         return error.with_traceback(None)
-    for save in saves:
-        save.remark().settled = True
     return None
+
+
+_REBINDING = "x.data = y"
 
 
 def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: torch.Tensor) -> bool:
@@ -345,13 +307,13 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 # ---- aliases -----------------------------------------------------------------------------------------------
 
 
-def enter_alias(alias: torch.Tensor, frame: Any, version: int = 0) -> None:
+def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0) -> None:
     """Take down an alias with a counter of its own; watch the counter at once where a live save needs it."""
     storage = _memory.storage_of(alias)
     if not storage or version < 0:
         return
     saves = LEDGER.in_storage(storage)
-    record = ALIASES.enter(alias, storage, _places.user_instruction(frame), version)
+    record = ALIASES.enter(alias, storage, here, version)
     if saves:
         record.arm(alias)
         for save in saves:
@@ -360,4 +322,4 @@ def enter_alias(alias: torch.Tensor, frame: Any, version: int = 0) -> None:
 
 def detached_in_place(tensor: torch.Tensor) -> list[Save]:
     """The saves that hold ``tensor`` as a non-leaf input: detached in place, PyTorch refuses them."""
-    return [] if tensor.is_leaf else _saves_of(tensor)
+    return [] if tensor.is_leaf else saves_of(tensor)

@@ -164,6 +164,8 @@ class Guard(_Block):
         if self._state != "entered":
             raise RuntimeError("torchguard: this guard is not entered")
         self._state = "left"
+        if _policy.entered == [self]:
+            _reads.leave_to(self)
         self._leave()
 
     def _leave(self) -> None:

@@ -764,3 +764,66 @@ def _foreach_empty_parts(run: Run) -> Any:
     run.write(lambda: torch._foreach_zero_([c[:0], c[1:1]]))
     out.sum().backward()
     return [w.grad]
+
+
+# ---- calls that read in one argument what they write in another ------------------------------------------------------
+
+
+@program(route="foreach", kind="corrupting", exact=False)
+def foreach_copies_what_it_has_just_written(run: Run) -> Any:
+    """The second copy reads what the first one wrote: the save changes, although ``b`` held its values before."""
+    w, x = run.leaf(), _ones(3, 4)
+    b = _ones(3, 4)
+    out = x * w  # saved
+    run.write(lambda: torch._foreach_copy_([b, x.data], [torch.zeros(3, 4), b]))
+    out.sum().backward()
+    return [w.grad]
+
+
+@program(route="foreach", kind="innocent", twin_of="foreach_copies_what_it_has_just_written")
+def foreach_copies_what_was_there_before(run: Run) -> Any:
+    w, x = run.leaf(), _ones(3, 4)
+    b = torch.zeros(3, 4)
+    out = x * w
+    run.write(lambda: torch._foreach_copy_([b, x.data], [_ones(3, 4), b]))
+    out.sum().backward()
+    return [w.grad]
+
+
+@program(route="foreach", kind="corrupting", exact=False)
+def foreach_reads_its_writes_through_a_view(run: Run) -> Any:
+    w, x = run.leaf(), _ones(3, 4)
+    b = torch.ones(2, 3, 4)
+    out = x * w  # saved
+    run.write(lambda: torch._foreach_copy_((b, x.data), (torch.zeros(2, 3, 4), b[1])))
+    out.sum().backward()
+    return [w.grad]
+
+
+@program(route="foreach", kind="innocent", twin_of="foreach_reads_its_writes_through_a_view")
+def foreach_reads_another_part_of_what_it_writes(run: Run) -> Any:
+    w, x = run.leaf(), _ones(3, 4)
+    b = torch.ones(2, 3, 4)
+    out = x * w
+    run.write(lambda: torch._foreach_copy_((b[0], x.data), (torch.zeros(3, 4), b[1])))
+    out.sum().backward()
+    return [w.grad]
+
+
+@program(route="foreach", kind="innocent", twin_of="foreach_reads_its_writes_through_a_view")
+def foreach_adds_and_takes_away_through_two_views(run: Run) -> Any:
+    """Each of the two changes the save, and both together do not."""
+    w, x = run.leaf(), _ones(3, 4)
+    out = x * w
+    run.write(lambda: torch._foreach_mul_([x.data, x.data.t()], [2.0, 0.5]))
+    out.sum().backward()
+    return [w.grad]
+
+
+@program(route="foreach", kind="corrupting", exact=False)
+def foreach_doubles_twice_through_two_views(run: Run) -> Any:
+    w, x = run.leaf(), _ones(3, 4)
+    out = x * w  # saved
+    run.write(lambda: torch._foreach_mul_([x.data, x.data.t()], [2.0, 2.0]))
+    out.sum().backward()
+    return [w.grad]

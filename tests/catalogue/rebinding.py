@@ -432,3 +432,27 @@ def weight_swapped_for_averaged_weight_for_evaluation(run: Run) -> Any:
             layer(x[None])
         run.write(_rebind, layer.weight, own)
     return [x.grad, layer.weight.grad]
+
+
+# ---- swap_tensors refuses what autograd holds -----------------------------------------------------------------------
+
+
+def _swapped(make: Any) -> Any:
+    def body(run: Run) -> Any:
+        w, x = run.leaf(), make(run)
+        out = x * w
+        run.write(lambda: torch.utils.swap_tensors(x, torch.zeros(3, 4)))
+        out.sum().backward()
+        return [w.grad]
+
+    return body
+
+
+_SWAPPED = {
+    "constant": lambda run: torch.ones(3, 4),
+    "leaf": lambda run: run.leaf(),
+    "non_leaf": lambda run: run.leaf() * 2,
+    "buffer": lambda run: nn.Buffer(torch.ones(3, 4)),
+}
+for _name, _make in _SWAPPED.items():
+    add(_swapped(_make), name=f"swap_of_a_saved_{_name}", route="swap_tensors", kind="refused")

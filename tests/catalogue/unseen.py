@@ -316,3 +316,112 @@ def other_rows_of_a_large_buffer_through_an_alias_of_all(run: Run) -> Any:
     run.write(lambda: torch.zeros(100, 100, out=c[100:]))
     out.sum().backward()
     return [w.grad]
+
+
+# ---- through a tensor whose .data was assigned ----------------------------------------------------------------------
+
+_ASSIGNED: dict[str, Write] = {
+    "out": lambda p: torch.add(p, 1, out=p),
+    "out_of_a_part": lambda p: torch.mul(p[1:], 3, out=p[1:]),
+    "ops": lambda p: torch.ops.aten.zero_(p),
+    "bound_before": lambda p: _ADD(p, 1),
+}
+
+
+def _assigned(run: Run, source: torch.Tensor) -> torch.Tensor:
+    p = torch.empty(0)
+    p.data = source
+    return p
+
+
+def _assigned_parameter(run: Run, source: torch.Tensor) -> torch.Tensor:
+    p = torch.nn.Parameter(torch.zeros(3, 4), requires_grad=False)
+    p.data = source
+    return p
+
+
+for _make in (_assigned, _assigned_parameter):
+    for _name, _write in _ASSIGNED.items():
+
+        def _before_the_save(run: Run, write: Write = _write, make: Any = _make) -> Any:
+            w, flat = run.leaf(), torch.ones(3, 4)
+            p = make(run, flat)
+            out = flat * w  # saved
+            run.write(write, p)
+            out.sum().backward()
+            return [w.grad]
+
+        def _after_the_save(run: Run, write: Write = _write, make: Any = _make) -> Any:
+            w, flat = run.leaf(), torch.ones(3, 4)
+            out = flat * w  # saved
+            p = make(run, flat)
+            run.write(write, p)
+            out.sum().backward()
+            return [w.grad]
+
+        def _of_a_clone(run: Run, write: Write = _write, make: Any = _make) -> Any:
+            w, flat = run.leaf(), torch.ones(3, 4)
+            p = make(run, flat.clone())
+            out = flat * w
+            run.write(write, p)
+            out.sum().backward()
+            return [w.grad]
+
+        def _moved_away(run: Run, write: Write = _write, make: Any = _make) -> Any:
+            w, flat = run.leaf(), torch.ones(3, 4)
+            p = make(run, flat)
+            out = flat * w
+            p.data = torch.ones(3, 4)
+            run.write(write, p)
+            out.sum().backward()
+            return [w.grad]
+
+        def _after_backward(run: Run, write: Write = _write, make: Any = _make) -> Any:
+            w, flat = run.leaf(), torch.ones(3, 4)
+            p = make(run, flat)
+            (flat * w).sum().backward()
+            run.write(write, p)
+            return [w.grad]
+
+        _bodies = (_before_the_save, _after_the_save)
+        _names = [f"{_name}_through{_make.__name__}{_body.__name__}" for _body in _bodies]
+        for _full, _body in zip(_names, _bodies, strict=True):
+            add(_body, name=_full, route="out= and the like", kind="corrupting", caught="read")
+        for _body in (_of_a_clone, _moved_away, _after_backward):
+            _full = f"{_name}_through{_make.__name__}{_body.__name__}"
+            add(_body, name=_full, route="out= and the like", kind="innocent", twin_of=_names)
+
+
+# ---- the guard is left before backward ------------------------------------------------------------------------------
+
+
+@program(route="out=", kind="corrupting", caught="read", enters_guard=True)
+def out_inside_and_backward_outside_the_guard(run: Run) -> Any:
+    w = run.leaf()
+    with run.guard():
+        out = w.sigmoid()  # saved
+        c = out.data
+        run.write(lambda: torch.add(c, 1, out=c))
+    out.sum().backward()
+    return [w.grad]
+
+
+@program(route="out=", kind="unread", enters_guard=True)
+def out_inside_and_no_backward(run: Run) -> Any:
+    w = run.leaf()
+    with run.guard():
+        out = w.sigmoid()
+        c = out.data
+        run.write(lambda: torch.add(c, 1, out=c))
+    return [w.grad]
+
+
+@program(route="out=", kind="innocent", enters_guard=True, twin_of="out_inside_and_backward_outside_the_guard")
+def out_of_a_clone_inside_and_backward_outside_the_guard(run: Run) -> Any:
+    w = run.leaf()
+    with run.guard():
+        out = w.sigmoid()
+        c = out.data.clone()
+        run.write(lambda: torch.add(c, 1, out=c))
+    out.sum().backward()
+    return [w.grad]

@@ -1,0 +1,44 @@
+"""A save was written to: what is said of it, and which guard answers?"""
+
+from __future__ import annotations
+
+import threading
+from typing import Literal
+
+from torchguard import _memory, _places, _policy
+from torchguard._places import Instruction
+from torchguard._saves import Save
+from torchguard._violation import Kind, Violation
+
+
+def pronounce(
+    save: Save,
+    kind: Kind,
+    operation: str,
+    *,
+    aliased: Instruction,
+    written: Instruction,
+    elements: int,
+    caught: Literal["write", "read"],
+    read: Instruction = None,
+) -> None:
+    """Have a violation answered by the guard in charge; raises under ``strict()``."""
+
+    def describe(reason: str | None) -> Violation:
+        return Violation(
+            kind=kind,
+            operation=operation,
+            saved=_places.place_of(save.instruction),
+            aliased=_places.place_of(aliased),
+            written=_places.place_of(written),
+            read=_places.place_of(read),
+            saved_by=save.operation,
+            elements=elements,
+            of=save.tensor.numel(),
+            caught=caught,
+            allowed=reason,
+            thread=threading.current_thread().name,
+            **_memory.describe(save.tensor),
+        )
+
+    _policy.answer(describe, None if save.remarks is None else save.remarks.guard)
