@@ -54,9 +54,10 @@ def verdict(case: Any, make: Callable[[], AbstractContextManager[Any]]) -> str |
 def _truth(case: Any) -> list[torch.Tensor | None]:
     from harness import Run, _cloning, outcome_of
 
-    if case.truth == "cloned saves":
-        return outcome_of(case, Run(threads=False), _cloning).results
-    return outcome_of(case, Run(writes=False), nullcontext).results
+    cloned = case.truth == "cloned saves"
+    run = Run(threads=False) if cloned else Run(writes=False)
+    truth: list[torch.Tensor | None] = outcome_of(case, run, _cloning if cloned else nullcontext).results
+    return truth
 
 
 def main() -> None:

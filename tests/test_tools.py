@@ -1,0 +1,31 @@
+"""Do the commands under ``tools/`` say what is true?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import compare
+from catalogue import PROGRAMS
+
+NAMED = {case.name: case for case in PROGRAMS}
+
+
+@pytest.mark.parametrize(
+    ("tool", "program", "column"),
+    [
+        ("plain PyTorch", PROGRAMS[0].name, "missed"),
+        ("torchguard.strict()", PROGRAMS[0].name, "caught"),
+        ("allow_mutation_on_saved_tensors", "out_through_an_alias_that_is_gone", "repaired"),
+        ("plain PyTorch", "out_into_a_tracked_alias", None),
+        ("allow_mutation_on_saved_tensors", "out_into_a_tracked_alias", "refused let through"),
+        ("torchguard.strict()", "out_of_values_that_are_there", None),
+    ],
+)
+def test_a_program_is_put_into_its_column(tool: str, program: str, column: str | None) -> None:
+    case = NAMED[program]
+    assert compare.verdict(case, compare.TOOLS[tool]) == column
