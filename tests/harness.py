@@ -626,6 +626,9 @@ _NAMESPACES = (
     torch._VF,
     torch._C._autograd,
     torch._C._TensorBase,
+    torch.UntypedStorage,
+    torch.utils.dlpack,
+    torch._C,
 )
 
 
