@@ -8,6 +8,7 @@ no patch can (``out=``, ``torch.ops``, functions bound before the guard came).
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import os
@@ -369,8 +370,21 @@ def _storage_patches() -> list[_Patch]:
     routes = {name: _storages.writes(name) for name in _torch.STORAGE_WRITERS}
     routes["resize_"] = _storages.resize
     routes.update(dict.fromkeys(_torch.STORAGE_SHARERS, _interchange.share))
-    patches = [_Patch(storage, name, _Routed(getattr(storage, name), route)) for name, route in routes.items()]
+    patches = [
+        _Patch(storage, name, _Routed(getattr(storage, name), _of_instance(route))) for name, route in routes.items()
+    ]
     return [*patches, _Patch(torch.Tensor, "set_", _Routed(torch.Tensor.set_, _storages.enter_alias))]
+
+
+def _of_instance(route: Callable[..., Any]) -> Callable[..., Any]:
+    """A route that finds its instance also where the method is called on the class."""
+
+    def bound(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if instance is None and args:
+            return route(functools.partial(wrapped, args[0]), args[0], args[1:], kwargs)
+        return route(wrapped, instance, args, kwargs)
+
+    return bound
 
 
 def _interchange_patches() -> list[_Patch]:

@@ -78,6 +78,7 @@ _RESIZE = Writer("UntypedStorage.resize_()", moves_counter=False, on_storage=Tru
 def enter_alias(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x.set_(y)``: ``x`` is an alias, with the counter that it had."""
     result = wrapped(*args, **kwargs)
-    if type(result) in _memory.PLAIN_TYPES:
+    # A typed storage makes such a tensor for the time of one write.
+    if type(result) in _memory.PLAIN_TYPES and sys._getframe(1).f_code.co_filename != torch.storage.__file__:
         _writes.enter_alias(result, _places.user_instruction(sys._getframe(1)), _memory.version_of(result))
     return result

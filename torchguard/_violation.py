@@ -108,7 +108,7 @@ class Violation:
 
     def _headline(self) -> str:
         what = {
-            "write": f"{self.operation} through {'.data' if self.aliased else 'an alias'}",
+            "write": f"{self.operation} through {self._alias()}",
             "uncounted": f"{self.operation}, which moves no version counter,",
             "rebind": self.operation,
             "unseen": "a write through an alias",
@@ -116,6 +116,13 @@ class Violation:
         }[self.kind]
         verb = "would corrupt" if self.caught == "write" else "may have corrupted"
         return f"{what} {verb} a tensor saved for backward"
+
+    def _alias(self) -> str:
+        """``.data``, unless the line that took the alias did it otherwise."""
+        if self.aliased is None:
+            return "an alias"
+        line = self.aliased.expression or self.aliased.source
+        return ".data" if not line or "data" in line else "an alias"
 
     def _places(self) -> list[tuple[str, Place | None, str]]:
         shape = ", ".join(map(str, self.shape))
