@@ -22,6 +22,9 @@ NAMESPACES: dict[str, Any] = {
     "torch._C._autograd": torch._C._autograd,
     "BackwardCFunction": torch.autograd.function.BackwardCFunction,
     "threading.Thread": threading.Thread,
+    "torch.UntypedStorage": torch.UntypedStorage,
+    "torch.utils.dlpack": torch.utils.dlpack,
+    "torch._C": torch._C,
     "the table of TorchScript's builtins": None,
 }
 

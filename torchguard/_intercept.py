@@ -8,6 +8,7 @@ no patch can (``out=``, ``torch.ops``, functions bound before the guard came).
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import os
@@ -21,8 +22,20 @@ import torch
 import wrapt
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _hooks, _memory, _places, _policy, _refusal, _torch, _writers, _writes
+from torchguard import (
+    _hooks,
+    _interchange,
+    _memory,
+    _places,
+    _policy,
+    _refusal,
+    _storages,
+    _torch,
+    _writers,
+    _writes,
+)
 from torchguard._aliases import ALIASES
+from torchguard._exports import EXPORTS
 from torchguard._reads import DETACHED
 from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
@@ -338,6 +351,7 @@ def _prepare() -> list[_Patch]:
         _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")
     ]
+    patches += _storage_patches() + _interchange_patches()
     module, off, on = _torch.HOOK_SWITCHES
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):
@@ -349,6 +363,47 @@ def _prepare() -> list[_Patch]:
     start = threading.Thread.start
     patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
     return patches
+
+
+def _storage_patches() -> list[_Patch]:
+    storage = torch.UntypedStorage
+    routes = {name: _storages.writes(name) for name in _torch.STORAGE_WRITERS}
+    routes["resize_"] = _storages.resize
+    routes.update(dict.fromkeys(_torch.STORAGE_SHARERS, _interchange.share))
+    patches = [
+        _Patch(storage, name, _Routed(getattr(storage, name), _of_instance(route))) for name, route in routes.items()
+    ]
+    return [*patches, _Patch(torch.Tensor, "set_", _Routed(torch.Tensor.set_, _storages.enter_alias))]
+
+
+def _of_instance(route: Callable[..., Any]) -> Callable[..., Any]:
+    """A route that finds its instance also where the method is called on the class."""
+
+    def bound(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if instance is None and args:
+            return route(functools.partial(wrapped, args[0]), args[0], args[1:], kwargs)
+        return route(wrapped, instance, args, kwargs)
+
+    return bound
+
+
+def _interchange_patches() -> list[_Patch]:
+    taken = [(torch, name) for name in ("from_numpy", "as_tensor", "asarray", "frombuffer", "from_dlpack")]
+    routes: list[tuple[Any, str, Any]] = [
+        (torch.Tensor, "numpy", _interchange.to_numpy),
+        *((owner, name, _interchange.to_capsule) for owner, name in _torch.CAPSULE_MAKERS),
+        *((owner, name, _interchange.take_in) for owner, name in [*taken, (torch.utils.dlpack, "from_dlpack")]),
+        (torch, "from_file", _interchange.from_file),
+    ]
+    wrappers: dict[int, _Routed] = {}
+    patches = []
+    for owner, name, route in routes:
+        function = getattr(owner, name)
+        wrapper = wrappers.setdefault(id(function), _Routed(function, route))  # one function, several names
+        patches.append(_Patch(owner, name, wrapper))
+    interface: Any = torch.Tensor.__cuda_array_interface__
+    get = _interchange.cuda_array_interface(interface.__get__)
+    return [*patches, _Patch(torch.Tensor, "__cuda_array_interface__", _Attribute(interface, get))]
 
 
 def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
@@ -383,6 +438,7 @@ def install() -> None:
                 prepared = _prepare()
                 _script_names.extend(_scripted(prepared))
                 _patches.extend(prepared)
+            EXPORTS.renew()
             try:
                 for patch in _patches:
                     patch.install()

@@ -211,6 +211,34 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
         return bool(torch.equal(as_bytes(a.contiguous()), as_bytes(b.contiguous())))
 
 
+def differing_elements(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Which elements of two tensors of one dtype and shape differ in a bit, as a mask in row-major order."""
+    a, b = as_bytes(tensor.contiguous()), as_bytes(other.contiguous())
+    return (a != b).view(tensor.numel(), -1).any(-1) if tensor.numel() else torch.zeros(0, dtype=torch.bool)
+
+
+def any_within(tensor: torch.Tensor, elements: torch.Tensor, span: Span) -> bool:
+    """Whether any of the tensor's elements that the mask picks shares a byte with ``span``."""
+    here = span_of(tensor)
+    if here is None:
+        return False
+    low = here.bounds[0]
+    picked = elements.view(tensor.shape)
+    mask = torch.zeros(_extent(tensor), dtype=torch.bool, device=tensor.device)
+    mask.as_strided(tensor.shape, tensor.stride(), 0).copy_(picked)
+    return touched_elements(mask.repeat_interleave(tensor.element_size()), low, span) > 0
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's storage (still) reaches as far as its elements do."""
+    try:
+        with _torch.no_torch_function():
+            last = int(tensor.storage_offset()) + _extent(tensor)
+            return not tensor.numel() or last * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    except NO_MEMORY:
+        return False
+
+
 def describe(tensor: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and device of a tensor in the words of a report."""
     with _torch.no_torch_function():

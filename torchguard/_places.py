@@ -26,7 +26,12 @@ _OURS = os.path.dirname(__file__) + os.sep
 # contextlib and functools frames stand between a decorated function and its caller; wrapt's are in C.
 _PLUMBING = tuple(
     os.path.abspath(module.__file__)
-    for module in (sys.modules.get("contextlib"), sys.modules.get("functools"), sys.modules.get("threading"))
+    for module in (
+        sys.modules.get("contextlib"),
+        sys.modules.get("copy"),
+        sys.modules.get("functools"),
+        sys.modules.get("threading"),
+    )
     if module is not None and module.__file__ is not None
 )
 

@@ -23,6 +23,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
+from torchguard._exports import EXPORTS, FRESH, OWN_NODES, Export
 from torchguard._ledger import Extent, Ledger
 from torchguard._violation import Kind
 
@@ -42,7 +43,7 @@ _OWN_FILES = frozenset({__file__, os.path.join(os.path.dirname(__file__), "_inte
 class Remarks:
     """What is known of the few saves about which there is something to say."""
 
-    __slots__ = ("compare", "guard", "proof", "suspect", "view", "writer")
+    __slots__ = ("compare", "exports", "guard", "lent", "proof", "spoilt", "suspect", "view", "writer")
 
     def __init__(self) -> None:
         #: The alias whose counter moved without a write that the guard saw.
@@ -55,6 +56,12 @@ class Remarks:
         self.writer: tuple[Kind, str, _places.Instruction] | None = None
         #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.
         self.guard: _policy.Respondent | None = None
+        #: By what code outside torch could write to it: the bytes decide at the read.
+        self.exports: list[Export] = []
+        #: Whether the copy is kept for the exports alone, maybe together with other saves.
+        self.lent = False
+        #: Whether code outside torch has written to it already, where nothing allowed it.
+        self.spoilt = False
         #: Where the output is a view that was written in place, a weak hold on it: PyTorch names its node in
         #: a refusal while it lives, and the node that reads once it is gone.
         self.view: ref[torch.Tensor] | None = None
@@ -112,6 +119,7 @@ class Save:
         with _torch.hidden():
             if at_most is not None and tensor.numel() * tensor.element_size() > at_most:
                 return
+            remarks.lent = False
             if remarks.proof is None and _memory.span_of(tensor) is not None:
                 remarks.proof = tensor.detach().clone()
 
@@ -133,7 +141,7 @@ class Save:
         remarks = self.remarks
         if remarks is not None:
             remarks.suspect = remarks.guard = remarks.writer = None
-            if remarks.proof is not None:
+            if remarks.proof is not None and not remarks.spoilt:
                 remarks.proof = None
                 self.keep_proof()
 
@@ -213,6 +221,12 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
     aliases = ALIASES.by_storage
     getframe = sys._getframe
     disabled = _torch.no_torch_function
+    exports = EXPORTS.by_storage
+    dead_exports = EXPORTS.dead
+    references = sys.getrefcount
+    fresh = FRESH
+    first = next_number()
+    own_nodes = OWN_NODES
     new = Save.__new__
     own_files = _OWN_FILES
     view_node = _VIEW_NODE
@@ -241,7 +255,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             save.inner_offset = frame.f_lasti
         grad_fn = tensor.grad_fn
         if grad_fn is not None and (
-            grad_fn._sequence_nr() == (number := next_number()) - 1
+            (made := grad_fn._sequence_nr()) == (number := next_number()) - 1
             or number < 0  # this torch does not tell: never risk a cycle
             or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
         ):
@@ -255,11 +269,21 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             except IndexError:
                 before = None
             if before is not None and before.node is None and before.inner_offset == save.inner_offset:
-                _mend_foreach(node, grad_fn._sequence_nr(), save.inner_code)
+                _mend_foreach(node, made, save.inner_code)
+            may_be_older = save.version > 0 or node not in own_nodes
         else:
             save.node = None
             save.output = 0
             save.tensor = tensor
+            base = tensor._base
+            if grad_fn is None:
+                may_be_older = base is not None or references(tensor) > fresh
+            else:
+                # Written in place, the node is younger than the memory.
+                may_be_older = save.version > 0 or base is not None or made < first or type(grad_fn) not in own_nodes
+                if may_be_older and base is not None and not save.version:
+                    grad_fn = base.grad_fn
+                    may_be_older = grad_fn is None or grad_fn._sequence_nr() < first or type(grad_fn) not in own_nodes
         latest = young.get(storage)
         if latest is not None and latest[0]() is None:
             young.pop(storage, None)  # a temporary of the last step
@@ -267,6 +291,14 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             ALIASES.sync(storage)
             if ALIASES.arm(storage, tensor):
                 save.keep_proof(PROOF_BYTES_AT_SAVE)
+        known = exports.get(storage)
+        if known is not None:
+            if known.exports:
+                EXPORTS.keep(save, known)
+        elif may_be_older:
+            EXPORTS.ask(save, storage, grad_fn)
+        if dead_exports:
+            EXPORTS.settle_dead()
         append(ref(save))
         if len(pending) > _FILE_AT:
             file()

@@ -201,6 +201,22 @@ VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
 
 NN_FUNCTIONS = (torch._C, "_nn")
 
+#: Methods of a storage that write to its bytes, and those that put it into shared memory.
+STORAGE_WRITERS = ("fill_", "copy_", "__setitem__", "_byteswap")
+STORAGE_SHARERS = ("_share_fd_cpu_", "_share_filename_cpu_")
+
+#: Everything that makes a DLPack capsule of a tensor.
+CAPSULE_MAKERS = [
+    (owner, name)
+    for owner, name in (
+        (_C, "_to_dlpack"),
+        (_C, "_to_dlpack_versioned"),
+        (torch.utils.dlpack, "to_dlpack"),
+        (torch, "to_dlpack"),
+    )
+    if hasattr(owner, name)
+]
+
 #: What ``torch.ops`` calls are made of.
 OPERATOR_TYPES: tuple[type, ...] = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
@@ -215,6 +231,18 @@ def reading_node() -> str | None:
     """Name of the node that backward runs in this thread right now."""
     current = getattr(_C, "_current_autograd_node", lambda: None)()
     return None if current is None else str(current.name())
+
+
+def unpack_what_reader_ignores() -> None:
+    """Unpack the saves that the node which backward runs in this thread right now has and does not use.
+
+    Batch normalisation saves its running statistics, writes to them itself in training, and then uses the
+    statistics of the batch.
+    """
+    node = getattr(_C, "_current_autograd_node", lambda: None)()
+    if node is not None and "BatchNormBackward" in str(node.name()) and getattr(node, "_saved_training", False):
+        for name in ("_saved_running_mean", "_saved_running_var"):
+            getattr(node, name, None)
 
 
 def node_class_of(function: Any) -> Any:

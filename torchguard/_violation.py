@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "uncounted", "rebind", "unseen"]
+Kind = Literal["write", "uncounted", "rebind", "unseen", "exported"]
 
 _RESET = "\x1b[0m"
 _COLOURS = {"headline": "\x1b[1;31m", "label": "\x1b[1m", "place": "\x1b[36m", "fix": "\x1b[32m"}
@@ -41,7 +41,9 @@ class Violation:
     Attributes:
         kind: ``"write"`` (through an alias, by a call that the guard saw), ``"uncounted"`` (by a call that
             moves no version counter, whatever it writes through), ``"rebind"`` (``x.data = y`` on the tensor
-            that was saved) or ``"unseen"`` (a write that only the alias's version counter gave away).
+            that was saved), ``"unseen"`` (a write that only the alias's version counter gave away) or
+            ``"exported"`` (a write from outside torch, to memory that was handed to NumPy, DLPack or another
+            process).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -106,24 +108,33 @@ class Violation:
 
     def _headline(self) -> str:
         what = {
-            "write": f"{self.operation} through {'.data' if self.aliased else 'an alias'}",
+            "write": f"{self.operation} through {self._alias()}",
             "uncounted": f"{self.operation}, which moves no version counter,",
             "rebind": self.operation,
             "unseen": "a write through an alias",
+            "exported": "a write from outside torch",
         }[self.kind]
         verb = "would corrupt" if self.caught == "write" else "may have corrupted"
         return f"{what} {verb} a tensor saved for backward"
+
+    def _alias(self) -> str:
+        """``.data``, unless the line that took the alias did it otherwise."""
+        if self.aliased is None:
+            return "an alias"
+        line = self.aliased.expression or self.aliased.source
+        return ".data" if not line or "data" in line else "an alias"
 
     def _places(self) -> list[tuple[str, Place | None, str]]:
         shape = ", ".join(map(str, self.shape))
         saved = f"{self.dtype}[{shape}] on {self.device}" + (f", by {self.saved_by}" if self.saved_by else "")
         changed = f"{self.elements} of {self.of} elements"
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
-        if self.kind in ("write", "unseen"):
+        if self.kind in ("write", "unseen", "exported"):
             places.append(("aliased", self.aliased, ""))
-        if self.kind == "unseen":
+        if self.kind in ("unseen", "exported"):
             places.append(("written", None, ""))
-            places.append(("read", self.written, f"up to {changed}"))
+            bound = "up to " if self.kind == "unseen" else ""
+            places.append(("read", self.written, bound + changed))
         else:
             places.append(("written", self.written, changed))
             if self.caught == "read" and self.read != self.written:
@@ -133,6 +144,8 @@ class Violation:
     def _unknown(self, label: str) -> str:
         if label == "aliased":
             return "(the alias was made before the guard came, or by a route it does not follow)"
+        if label == "written" and self.kind == "exported":
+            return "(between alias and read: by NumPy, a DLPack consumer, another process)"
         if label == "written" and self.kind == "unseen":
             return "(between alias and read, by a call that is not patched: out=, torch.ops or an extension)"
         return "(no user code on the stack)"
@@ -150,6 +163,11 @@ class Violation:
                 "its memory was written to. Without torchguard, backward() would finish with wrong gradients",
                 "and no error. To stop at the line that writes, use torchguard.strict(every_call=True).",
             ]
+        if self.kind == "exported":
+            return [
+                "Code outside torch can write to this memory and autograd cannot see it: the saved bytes are not",
+                "what they were. Without torchguard, backward() would finish with wrong gradients and no error.",
+            ]
         return [
             "autograd cannot see this write: it does not move the version counter of the saved tensor.",
             "If backward reads the saved tensor, the gradient is wrong. Without torchguard, backward() would",
@@ -160,6 +178,8 @@ class Violation:
         name = self._aliased_name()
         if self.kind == "uncounted":
             fix = "do it after backward(), or use an operation that moves the counter, which autograd checks"
+        elif self.kind == "exported":
+            fix = "write after backward(), or to a copy: x.numpy().copy(), torch.tensor(array)"
         elif self.kind == "rebind":
             fix = "assign after backward(); to have autograd check it, use copy_() under torch.no_grad()"
         else:

@@ -103,6 +103,7 @@ class Writer:
         moves_counter: whether the written tensor's version moves.
         calls_back: whether it calls a function of the user's.
         draws: whether it draws random numbers.
+        on_storage: whether it is a method of a storage, and ``name`` its title.
     """
 
     name: str
@@ -110,10 +111,13 @@ class Writer:
     moves_counter: bool = True
     calls_back: bool = False
     draws: bool = False
+    on_storage: bool = False
 
     @property
     def title(self) -> str:
         """The name as a report shows it."""
+        if self.on_storage:
+            return self.name
         return _TITLES.get(self.name, f"{self.name}()")
 
     def counts(self, target: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

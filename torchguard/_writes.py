@@ -154,7 +154,7 @@ def _answer(
                 hit.elements = _memory.touched_elements(rehearsal.mask, rehearsal.address, span)
     hits[:] = [hit for hit in hits if hit.elements]
     for hit in hits:
-        shared = not hit.counted and _memory.shares_counter(hit.target, hit.save.tensor)
+        shared = not hit.counted and (writer.on_storage or _memory.shares_counter(hit.target, hit.save.tensor))
         _verdict.pronounce(
             hit.save,
             "uncounted" if shared else "write",
