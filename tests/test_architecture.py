@@ -16,11 +16,15 @@ PACKAGE = Path(torchguard.__file__).parent
 #: module uses any more is to be taken out.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_violation", "guard"},
-    "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves"},
     "_findings": {"_torch", "_violation"},
-    "_hooks": {"_policy", "_reads", "_saves", "_torch"},
+    "_hooked": {
+        "_aliases", "_memory", "_overlap", "_places", "_policy", "_reads", "_saves", "_torch", "_verdict",
+        "_violation",
+    },
+    "_hooks": {"_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves", "_torch",
+        "_aliases", "_hooked", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves", "_torch",
         "_writers", "_writes",
     },
     "_ledger": set(),

@@ -18,7 +18,7 @@ from weakref import ref
 
 import torch
 
-from torchguard import _memory, _torch
+from torchguard import _memory
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
@@ -36,10 +36,6 @@ _DEAD_KEPT = 64
 #: when something is saved that has a living alias (at every save, 2 microseconds at the most).
 PROOF_BYTES_AT_ALIAS = 1 << 20
 PROOF_BYTES_AT_SAVE = 1 << 14
-
-#: The setter of ``Tensor.data``, taken before anything is patched.
-_set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_EMPTY = torch.empty(0)
 
 
 class AliasRecord(ref[torch.Tensor]):
@@ -76,10 +72,7 @@ class AliasRecord(ref[torch.Tensor]):
         if span is None or _memory.version_of(alias) < 0:
             return  # no memory, or no counter
         self.span = span
-        with _torch.hidden():
-            counter = alias.detach()
-            _set_data(counter, _EMPTY)
-        self.counter = counter
+        self.counter = _memory.counter_of(alias)
 
     @property
     def version(self) -> int:

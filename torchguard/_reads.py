@@ -118,13 +118,13 @@ def _report(save: Save, rebound: bool) -> None:
         aliased=None if suspect is None else suspect.instruction,
         written=written,
         read=read,
-        elements=_changed_elements(save),
+        elements=changed_elements(save),
         caught="read",
     )
     save.accept()  # nothing was raised: a later write is another violation
 
 
-def _changed_elements(save: Save) -> int:
+def changed_elements(save: Save) -> int:
     """How many elements differ from the proof; all of them where there is none."""
     tensor, proof = save.tensor, None if save.remarks is None else save.remarks.proof
     if proof is None or proof.shape != tensor.shape or not tensor.numel():
