@@ -89,8 +89,8 @@ class HookedSave(Save):
         return False
 
     @property
-    def tracked(self) -> bool:
-        """Whether the version moved since."""
+    def tracked(self) -> bool:  # type: ignore[override]
+        """Whether the version moved by a write that nobody saw."""
         return self.counter is not None and _memory.version_of(self.counter) != self.version
 
     @property
@@ -119,10 +119,14 @@ class HookedSave(Save):
         reasons = _policy.state.reasons
         self.reason = reasons[-1] if reasons else None
 
+    def expect_version(self) -> None:
+        """The version has moved by a write that was seen."""
+        if self.counter is not None:
+            self.version = _memory.version_of(self.counter)
+
     def accept(self) -> None:
         """What has happened so far has been answered."""
-        assert self.counter is not None
-        self.version = _memory.version_of(self.counter)
+        self.expect_version()
         self.reason = None
         storage = _memory.storage_of(self.tensor)
         if storage != self.storage:

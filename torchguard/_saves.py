@@ -92,6 +92,8 @@ class Save:
     #: memory (both are otherwise under save hooks of the program).
     checked: ClassVar[bool] = True
     certain: ClassVar[bool] = True
+    #: Whether a write that nobody saw has moved the version of one that is not checked.
+    tracked: ClassVar[bool] = False
 
     tensor: torch.Tensor
     version: int
@@ -130,6 +132,9 @@ class Save:
     def shares_counter(self, target: torch.Tensor) -> bool:
         """Whether a counted write to ``target`` moves the version of what was saved."""
         return _memory.shares_counter(target, self.tensor)
+
+    def expect_version(self) -> None:
+        """The version of a save that is not checked has moved by a write that was seen."""
 
     def accept(self) -> None:
         """What has happened to the save so far has been answered: what is there now is what backward is to find."""

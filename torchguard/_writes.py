@@ -61,8 +61,9 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
         return call(*args, **kwargs)
     watched: list[int] = []
     hits: list[_Hit] = []
+    seen: list[Save] = []
     with _torch.no_torch_function():
-        _look(writer, args, kwargs, watched, hits)
+        _look(writer, args, kwargs, watched, hits, seen)
     if hits:
         error = _judge(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
@@ -74,7 +75,7 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
                 raise error
             finally:
                 del error  # it refers to this frame
-    if not watched and not hits:
+    if not watched and not hits and not seen:
         return call(*args, **kwargs)
     try:
         return call(*args, **kwargs)
@@ -83,11 +84,23 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
             ALIASES.settle(storage)
         for hit in hits:
             hit.save.accept()
+        for save in seen:
+            save.expect_version()
         hits.clear()
+        seen.clear()
 
 
-def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watched: list[int], hits: list[_Hit]) -> None:
-    """Find the storages whose aliases' counters will move, and the saves that a silent write would hit."""
+def _look(
+    writer: Writer,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    watched: list[int],
+    hits: list[_Hit],
+    seen: list[Save],
+) -> None:
+    """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
+    version PyTorch does not check and that therefore is to be expected to move.
+    """
     for target in writer.targets(args, kwargs):
         storage = _memory.storage_of(target)
         if not storage:
@@ -100,6 +113,8 @@ def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watche
             watched.append(storage)
         counted = writer.counts(target, args, kwargs)
         for save in saves:
+            if not save.checked and not save.tracked:
+                seen.append(save)
             if not _may_write_to(writer, target, save):
                 continue
             silent = not (counted and save.shares_counter(target))
