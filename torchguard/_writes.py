@@ -71,6 +71,7 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
                 raise error.args[0]
             return args[0]
         if error is not None:
+            seen.clear()
             try:
                 raise error
             finally:
