@@ -24,8 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_hooks": {"_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_hooked", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves", "_torch",
-        "_writers", "_writes",
+        "_aliases", "_hooked", "_hooks", "_memory", "_places", "_policy", "_pools", "_reads", "_refusal", "_saves",
+        "_torch", "_writers", "_writes",
     },
     "_ledger": set(),
     "_memory": {"_model", "_torch"},
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_overlap": {"_model"},
     "_places": {"_model"},
     "_policy": {"_violation"},
+    "_pools": {"_hooks", "_policy"},
     "_reads": {
         "_aliases", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_verdict", "_violation",
     },
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_violation": {"_model"},
     "_writers": {"_torch"},
     "_writes": {
-        "_aliases", "_memory", "_overlap", "_places", "_saves", "_torch", "_verdict", "_violation", "_writers",
+        "_aliases", "_memory", "_overlap", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation", "_writers",
     },
     "guard": {"_findings", "_hooks", "_intercept", "_policy", "_reads", "_violation"},
 }  # fmt: skip

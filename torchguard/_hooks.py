@@ -9,7 +9,8 @@ at and put back as if it were alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -192,10 +193,33 @@ def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
 # ---- threads -----------------------------------------------------------------------------------------------
 
 
+_POOLS = ("concurrent.futures.thread", "multiprocessing.pool")
+
+
+@contextmanager
+def under(guards: Sequence[_policy.Respondent]) -> Iterator[None]:
+    """Run a block under those of another thread's guards that are still on."""
+    adopted = _policy.still_entered(guards)
+    if not adopted:
+        yield
+        return
+    before = list(_policy.state.guards)
+    _policy.adopt(adopted)
+    pair = push()
+    try:
+        yield
+    finally:
+        remove(pair)
+        _policy.adopt(before)
+
+
 def start_thread(original: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``Thread.start``: a thread started inside a guard runs under it."""
+    """``Thread.start``: a thread started inside a guard runs under it.
+
+    Those of a pool may outlive the guard: there it is the work that runs under it (see ``_pools``).
+    """
     guards = _policy.inherited()
-    if not guards:
+    if not guards or getattr(thread.__dict__.get("_target"), "__module__", "") in _POOLS:
         return original(*args, **kwargs)
     run = thread.run
     own = thread.__dict__.get("run")
@@ -208,13 +232,8 @@ def start_thread(original: Any, thread: threading.Thread, args: tuple[Any, ...],
 
     def run_guarded() -> None:
         put_back()
-        _policy.adopt(guards)
-        pair = push()
-        try:
+        with under(guards):
             run()
-        finally:
-            remove(pair)
-            _policy.adopt([])
 
     thread.run = run_guarded  # type: ignore[method-assign]
     try:

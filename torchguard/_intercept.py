@@ -21,7 +21,7 @@ import torch
 import wrapt
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _hooked, _hooks, _memory, _places, _policy, _refusal, _torch, _writers, _writes
+from torchguard import _hooked, _hooks, _memory, _places, _policy, _pools, _refusal, _torch, _writers, _writes
 from torchguard._aliases import ALIASES
 from torchguard._reads import DETACHED
 from torchguard._saves import LEDGER, is_foreign
@@ -353,6 +353,9 @@ def _prepare() -> list[_Patch]:
     patches.append(_Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
     start = threading.Thread.start
     patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
+    patches += [
+        _Patch(owner, name, wrapt.FunctionWrapper(getattr(owner, name), route)) for owner, name, route in _pools.ROUTES
+    ]
     return patches
 
 

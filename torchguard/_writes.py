@@ -9,6 +9,7 @@ what a call might do. It is paid for only by a call that would otherwise be repo
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torchguard import _memory, _places, _torch, _verdict
+from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._overlap import overlaps
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
@@ -59,6 +60,8 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     """
     if not LEDGER.any_alive():
         return call(*args, **kwargs)
+    if not _policy.state.guards:
+        _note_thread()
     watched: list[int] = []
     hits: list[_Hit] = []
     seen: list[Save] = []
@@ -89,6 +92,13 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
             save.expect_version()
         hits.clear()
         seen.clear()
+
+
+def _note_thread() -> None:
+    """This thread writes to memory that a guard watches, and has no guard: what it saves itself is not seen."""
+    if torch.is_grad_enabled() and _torch.top_hooks() is None and _torch.hooks_enabled():
+        name = threading.current_thread().name
+        _policy.note_unwatched(f"tensors saved in thread {name!r}, which was there before the guard (writes are seen)")
 
 
 def _look(
