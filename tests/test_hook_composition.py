@@ -418,6 +418,20 @@ def test_an_allowed_tracked_write_is_kept_with_its_reason() -> None:
     assert guard.violations == []
 
 
+@pytest.mark.parametrize("unseen", [False, True])
+def test_what_was_written_under_the_guard_and_is_read_after_it(unseen: bool) -> None:
+    w = leaf()
+    with strict() as guard, save_on_cpu():
+        out = w.exp()
+        if unseen:
+            torch.mul(out.detach(), 2, out=out.detach())
+        else:
+            out.detach().mul_(2)
+    with pytest.raises(SavedTensorCorruptionError):
+        out.sum().backward()
+    assert [violation.kind for violation in guard.violations] == ["unchecked"]
+
+
 # ---- lifetimes ----------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+import torch.utils.checkpoint
 
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
@@ -274,6 +275,8 @@ def _lies_over(leaf: Any, saved: torch.Tensor) -> bool:
 def compose(program: Hooks) -> Hooks:
     """A pair of hooks that records what is saved, and otherwise does what the program's pair does."""
     pack_program, unpack_program = program
+    code = getattr(pack_program, "__code__", None)
+    recomputes = code is not None and code.co_filename == torch.utils.checkpoint.__file__
 
     def pack(tensor: torch.Tensor) -> Any:
         output_of = _node_of_output(tensor)
@@ -283,7 +286,7 @@ def compose(program: Hooks) -> Hooks:
 
     def unpack(save: HookedSave) -> torch.Tensor:
         certain = save.counter is not None and save.certain
-        error = _verdict_on(save, save.tensor) if certain and _suspicious(save) else None
+        error = _verdict_on(save, save.tensor, False) if certain and _suspicious(save) else None
         if error is None:
             outer = collector.saves
             collector.saves = None  # what it reads itself is not what is asked for
@@ -292,7 +295,7 @@ def compose(program: Hooks) -> Hooks:
             finally:
                 collector.saves = outer
             if not certain and save.counter is not None and _suspicious(save):
-                error = _verdict_on(save, tensor)
+                error = _verdict_on(save, tensor, recomputes)
         if error is not None:
             del save
             try:
@@ -403,20 +406,20 @@ def _is_rebound(save: HookedSave) -> bool:
     return tensor is not None and _memory.storage_of(tensor) != save.storage
 
 
-def _verdict_on(save: HookedSave, read: Any) -> Exception | None:
+def _verdict_on(save: HookedSave, read: Any, recomputed: bool) -> Exception | None:
     """What the guard answers, now that backward reads ``read``; returned, so that it is raised without frames that hold
     user tensors.
     """
     try:
         with _torch.no_torch_function():
-            if isinstance(read, torch.Tensor) and _is_changed(save, read):
+            if isinstance(read, torch.Tensor) and _is_changed(save, read, recomputed):
                 _report(save)
     except Exception as error:
         return error.with_traceback(None)
     return None
 
 
-def _is_changed(save: HookedSave, read: torch.Tensor) -> bool:
+def _is_changed(save: HookedSave, read: torch.Tensor, recomputed: bool) -> bool:
     """Whether ``read`` is the saved memory and holds something else than what was saved."""
     saved = save.tensor
     remarks = save.remark()
@@ -429,8 +432,9 @@ def _is_changed(save: HookedSave, read: torch.Tensor) -> bool:
         return True
     if proof is None or read.shape != proof.shape or read.dtype != proof.dtype:
         return False
-    # A copy. It was made after the write if it holds what the memory holds now, and not what was saved.
-    return not _memory.same_bytes(read, proof) and _memory.same_bytes(read, saved)
+    # A copy. It was made after the write if it holds what the memory holds now, and not what was saved; and what
+    # checkpoint computes anew repeats the write, unless it is what was saved.
+    return not _memory.same_bytes(read, proof) and (recomputed or _memory.same_bytes(read, saved))
 
 
 def _report(save: HookedSave) -> None:

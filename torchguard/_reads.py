@@ -151,7 +151,9 @@ def leave_to(guard: _policy.Respondent) -> None:
     look_for_unseen_writes()
     for save in LEDGER.all_alive():
         remarks = save.remarks
-        if (
+        if save.tracked:
+            save.remark().guard = guard
+        elif (
             remarks is not None
             and (remarks.suspect is not None or remarks.compare)
             and (remarks.proof is None or not _memory.same_bytes(save.tensor, remarks.proof))

@@ -473,6 +473,39 @@ def hooks_of_checkpoint_recompute_what_was_overwritten(run: Run) -> Any:
     return [grad(out.sum(), w)]
 
 
+def _body_that_writes(then_saves: bool) -> Callable[[Run], Any]:
+    def program(run: Run) -> Any:
+        w = run.leaf()
+
+        def body(x: torch.Tensor) -> torch.Tensor:
+            hidden = x * 1
+            out = hidden.sigmoid()  # saved
+            other = out * 1
+            run.write(lambda: out.mul_(2))
+            return other.exp() if then_saves else other * 1
+
+        return [grad(checkpoint(body, w, use_reentrant=False).sum(), w)]
+
+    return program
+
+
+add(
+    _body_that_writes(then_saves=True),
+    name="checkpoint_repeats_a_write_of_its_body",
+    route=_ROUTE,
+    kind="corrupting",
+    caught="read",
+    every_call="read",
+)
+add(
+    _body_that_writes(then_saves=False),
+    name="checkpoint_stops_before_it_repeats_a_write_of_its_body",
+    route=_ROUTE,
+    kind="innocent",
+    twin_of="checkpoint_repeats_a_write_of_its_body",
+)
+
+
 # ---- allowed ------------------------------------------------------------------------------------------------------
 
 
