@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread
+import multiprocessing.pool
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +22,9 @@ NAMESPACES: dict[str, Any] = {
     "torch._C._nn": torch._C._nn,
     "torch._VF": torch._VF,
     "torch._C._autograd": torch._C._autograd,
+    "torch.autograd": torch.autograd,
+    "the work of executors": concurrent.futures.thread._WorkItem,
+    "ThreadPool": multiprocessing.pool.ThreadPool,
     "BackwardCFunction": torch.autograd.function.BackwardCFunction,
     "threading.Thread": threading.Thread,
     "torch.UntypedStorage": torch.UntypedStorage,

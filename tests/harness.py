@@ -36,6 +36,7 @@ import torchguard
 Kind = Literal["corrupting", "innocent", "unread", "refused"]
 Truth = Literal["without the write", "cloned saves"]
 Moment = Literal["write", "read"]
+Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 Body = Callable[["Run"], Any]
 MakeGuard = Callable[[], torchguard.Guard]
 
@@ -238,6 +239,11 @@ def _tensors_behind(value: Any, seen: set[int] | None = None) -> Iterator[torch.
         yield from _tensors_behind(value.__defaults__ or (), seen)
     elif isinstance(getattr(value, "__self__", None), torch.Tensor):
         yield value.__self__
+    elif isinstance(value, functools.partial):
+        yield from _tensors_behind(value.args, seen)
+    elif type(value).__module__ == "catalogue.hooked":
+        names = getattr(value, "__slots__", None) or vars(value)
+        yield from _tensors_behind([getattr(value, name) for name in names], seen)
 
 
 def _memory_of(tensors: Iterable[torch.Tensor]) -> dict[int, bytes]:
@@ -313,7 +319,19 @@ class Recorder:
         self.corrupted: list[list[bool]] = []
 
     def hooks(self) -> AbstractContextManager[Any]:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda save: save.tensor)
+        return _under_the_programs_hooks(self._recording)
+
+    def _recording(self, program: Hooks | None) -> Hooks:
+        if program is None:
+            return self._pack, lambda save: save.tensor
+
+        def pack(tensor: torch.Tensor) -> Any:
+            packed = program[0](tensor)
+            storage = tensor.untyped_storage().data_ptr()
+            read = [held for held in _tensors_behind(packed) if held.untyped_storage().data_ptr() == storage]
+            return packed, [self._pack(held) for held in read]  # a copy, or a key: nothing that a write could reach
+
+        return pack, lambda pair: program[1](pair[0])
 
     def _pack(self, tensor: torch.Tensor) -> _Recorded:
         save = _Recorded(tensor)
@@ -345,7 +363,28 @@ class Recorder:
 
 
 def _cloning() -> AbstractContextManager[Any]:
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor)
+    def pair(program: Hooks | None) -> Hooks:
+        pack, unpack = program or (lambda tensor: tensor, lambda tensor: tensor)
+        return lambda tensor: pack(tensor.clone()), unpack
+
+    return _under_the_programs_hooks(pair)
+
+
+@contextlib.contextmanager
+def _under_the_programs_hooks(make: Callable[[Hooks | None], Hooks]) -> Iterator[None]:
+    """Hooks for a run without a guard; where the program has save hooks of its own, ``make`` is given its pair.
+
+    Only the innermost pair runs: what stands for all saves must stand in for the program's pairs, too.
+    """
+    autograd: Any = torch._C._autograd
+    push = autograd._push_saved_tensors_default_hooks
+    push(*make(autograd._top_saved_tensors_default_hooks(True)))
+    autograd._push_saved_tensors_default_hooks = lambda pack, unpack: push(*make((pack, unpack)))
+    try:
+        yield
+    finally:
+        autograd._push_saved_tensors_default_hooks = push
+        autograd._pop_saved_tensors_default_hooks()
 
 
 _plain_runs: dict[Program, Outcome] = {}

@@ -19,10 +19,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_exports": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_findings": {"_torch", "_violation"},
-    "_hooks": {"_policy", "_reads", "_saves", "_torch"},
+    "_hooked": {
+        "_aliases", "_memory", "_overlap", "_places", "_policy", "_reads", "_saves", "_torch", "_verdict",
+        "_violation",
+    },
+    "_hooks": {"_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_exports", "_hooks", "_interchange", "_memory", "_places", "_policy", "_reads", "_refusal",
-        "_saves", "_storages", "_torch", "_writers", "_writes",
+        "_aliases", "_exports", "_hooked", "_hooks", "_interchange", "_memory", "_places", "_policy", "_pools", "_reads",
+        "_refusal", "_saves", "_storages", "_torch", "_writers", "_writes",
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
     "_ledger": set(),
@@ -31,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_overlap": {"_model"},
     "_places": {"_model"},
     "_policy": {"_violation"},
+    "_pools": {"_hooks", "_policy"},
     "_reads": {
         "_aliases", "_exports", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_verdict",
         "_violation",
@@ -43,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_violation": {"_model"},
     "_writers": {"_torch"},
     "_writes": {
-        "_aliases", "_memory", "_overlap", "_places", "_saves", "_torch", "_verdict", "_violation", "_writers",
+        "_aliases", "_memory", "_overlap", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation", "_writers",
     },
     "guard": {"_findings", "_hooks", "_intercept", "_policy", "_reads", "_violation"},
 }  # fmt: skip

@@ -38,10 +38,6 @@ _DEAD_KEPT = 64
 PROOF_BYTES_AT_ALIAS = 1 << 20
 PROOF_BYTES_AT_SAVE = 1 << 14
 
-#: The setter of ``Tensor.data``, taken before anything is patched.
-_set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_EMPTY = torch.empty(0)
-
 
 class AliasRecord(ref[torch.Tensor]):
     """A weak hold on one alias, and what must be known of it.
@@ -81,10 +77,7 @@ class AliasRecord(ref[torch.Tensor]):
             return  # no memory, or no counter
         self.span = span
         self.start = _torch.storage_address(alias)
-        with _torch.hidden():
-            counter = alias.detach()
-            _set_data(counter, _EMPTY)
-        self.counter = counter
+        self.counter = _memory.counter_of(alias)
 
     @property
     def version(self) -> int:

@@ -23,11 +23,13 @@ import wrapt
 from torch.overrides import TorchFunctionMode
 
 from torchguard import (
+    _hooked,
     _hooks,
     _interchange,
     _memory,
     _places,
     _policy,
+    _pools,
     _refusal,
     _storages,
     _torch,
@@ -305,7 +307,8 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     held = []
     for tensor in _writers.tensors_in([*args, *kwargs.values()]):
         ALIASES.forget(tensor)
-        held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor)]
+        held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor) if save.checked]
+        _hooked.let_go(tensor)
     try:
         return wrapped(*args, **kwargs)
     finally:
@@ -356,12 +359,19 @@ def _prepare() -> list[_Patch]:
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):
             patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
-    module, push = _torch.HOOK_PUSH
-    patches.append(_Patch(module, push, wrapt.FunctionWrapper(getattr(module, push), _hooks.note_foreign_hooks)))
+    for places, route in ((_torch.HOOK_PUSHES, _hooks.push_composed), (_torch.HOOK_POPS, _hooks.pop_program)):
+        for module, name in places:
+            patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
+    module, top = _torch.HOOK_TOP
+    if hasattr(module, top):
+        patches.append(_Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
     backward = torch.autograd.function.BackwardCFunction
     patches.append(_Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
     start = threading.Thread.start
     patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
+    patches += [
+        _Patch(owner, name, wrapt.FunctionWrapper(getattr(owner, name), route)) for owner, name, route in _pools.ROUTES
+    ]
     return patches
 
 

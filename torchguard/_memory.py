@@ -24,6 +24,8 @@ NO_MEMORY = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 _copy = torch.Tensor.copy_
 _set = torch.Tensor.set_
 _get_data: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_EMPTY = torch.empty(0)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -91,6 +93,22 @@ def shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
         return shared
 
 
+def counter_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that shares the version counter of ``tensor`` and no memory."""
+    with _torch.hidden():
+        counter = tensor.detach()
+        _set_data(counter, _EMPTY)
+    return counter
+
+
+def with_counter(counter: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """A tensor that shares the version counter of one tensor and the memory of another."""
+    with _torch.hidden():
+        tensor = counter.detach()
+        _set_data(tensor, memory)
+    return tensor
+
+
 def _extent(tensor: torch.Tensor) -> int:
     """Elements from the first to the last one that the tensor reaches."""
     if tensor.numel() == 0:
@@ -127,10 +145,10 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
         low = min(reach.start for reach in reaches) // _ALIGNMENT * _ALIGNMENT
         high = max(reach.stop for reach in reaches)
         storage = group[0].untyped_storage()
-        memory = _over(storage, torch.uint8, low, (high - low,), (1,)).clone().untyped_storage()
+        memory = over(storage, torch.uint8, low, (high - low,), (1,)).clone().untyped_storage()
         for tensor, reach in zip(group, reaches, strict=True):
             offset = (reach.start - low) // tensor.element_size()
-            replicas[id(tensor)] = _over(memory, tensor.dtype, offset, tensor.shape, tensor.stride())
+            replicas[id(tensor)] = over(memory, tensor.dtype, offset, tensor.shape, tensor.stride())
     return replicas
 
 
@@ -145,9 +163,10 @@ def _reach_in_storage(tensor: torch.Tensor) -> range:
     return range(start, start + _extent(tensor) * itemsize)
 
 
-def _over(
+def over(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int]
 ) -> torch.Tensor:
+    """A tensor over a part of a storage, with a version counter of its own."""
     return _set(torch.empty(0, dtype=dtype, device=storage.device), storage, offset, shape, stride)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torchguard._violation import Violation
@@ -90,7 +90,12 @@ def note_unwatched(what: str) -> None:
 
 def inherited() -> list[Respondent]:
     """The guards that a thread started now should find itself under."""
-    return [guard for guard in state.guards if guard in entered]
+    return still_entered(state.guards)
+
+
+def still_entered(guards: Iterable[Respondent]) -> list[Respondent]:
+    """Those of ``guards`` that have not been left."""
+    return [guard for guard in guards if guard in entered]
 
 
 def adopt(guards: list[Any]) -> None:

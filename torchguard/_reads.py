@@ -136,14 +136,14 @@ def _report(save: Save, kind: Kind) -> None:
         aliased=None if alias is None else alias.instruction,
         written=written,
         read=read,
-        elements=_changed_elements(save),
+        elements=changed_elements(save),
         caught="read",
     )
     remarks.spoilt = False
     save.accept()  # nothing was raised: a later write is another violation
 
 
-def _changed_elements(save: Save) -> int:
+def changed_elements(save: Save) -> int:
     """How many elements differ from the proof; all of them where there is none."""
     tensor, proof = save.tensor, None if save.remarks is None else save.remarks.proof
     if proof is None or proof.shape != tensor.shape or not _memory.readable(tensor):
@@ -206,7 +206,9 @@ def leave_to(guard: _policy.Respondent) -> None:
     look_for_unseen_writes()
     for save in LEDGER.all_alive():
         remarks = save.remarks
-        if (
+        if save.tracked:
+            save.remark().guard = guard
+        elif (
             remarks is not None
             and (remarks.suspect is not None or remarks.compare or (remarks.exports and remarks.proof is not None))
             and not _is_intact(save)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from itertools import islice
 from types import CodeType
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 
 import torch
@@ -37,7 +37,7 @@ _FILE_AT = 4096
 _VIEW_NODE = type(torch.ones(1, requires_grad=True).as_strided((1,), (1,)).grad_fn)
 
 #: With ``every_call`` an operation is called from the override: what called the override is its caller.
-_OWN_FILES = frozenset({__file__, os.path.join(os.path.dirname(__file__), "_intercept.py")})
+OWN_FILES = frozenset({__file__, os.path.join(os.path.dirname(__file__), "_intercept.py")})
 
 
 class Remarks:
@@ -95,6 +95,13 @@ class Save:
         "version",
     )
 
+    #: Whether the guard makes PyTorch's check of versions for it, and whether it is sure that backward will read this
+    #: memory (both are otherwise under save hooks of the program).
+    checked: ClassVar[bool] = True
+    certain: ClassVar[bool] = True
+    #: Whether a write that nobody saw has moved the version of one that is not checked.
+    tracked: ClassVar[bool] = False
+
     tensor: torch.Tensor
     version: int
     storage: int
@@ -129,6 +136,13 @@ class Save:
         remarks = self.remark()
         remarks.compare = True
         remarks.writer = (kind, operation, here)
+
+    def shares_counter(self, target: torch.Tensor) -> bool:
+        """Whether a counted write to ``target`` moves the version of what was saved."""
+        return _memory.shares_counter(target, self.tensor)
+
+    def expect_version(self) -> None:
+        """The version of a save that is not checked has moved by a write that was seen."""
 
     def accept(self) -> None:
         """What has happened to the save so far has been answered: what is there now is what backward is to find."""
@@ -228,7 +242,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
     first = next_number()
     own_nodes = OWN_NODES
     new = Save.__new__
-    own_files = _OWN_FILES
+    own_files = OWN_FILES
     view_node = _VIEW_NODE
 
     def record(tensor: torch.Tensor, storage: int) -> Save:

@@ -41,6 +41,33 @@ else:
         return tensor.untyped_storage().data_ptr()
 
 
+class WeakStorage:
+    """A hold on a storage that does not keep its memory; the storage's identity is not used again meanwhile."""
+
+    __slots__ = ("_reference",)
+
+    def __init__(self, storage: Any) -> None:
+        self._reference: int = storage._weak_ref()
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """The storage, or None once its memory is gone."""
+        storage: torch.UntypedStorage | None = _Storage._new_with_weak_ptr(self._reference)
+        return storage
+
+    def __del__(self) -> None:
+        _free(self._reference)
+
+
+_Storage: Any = torch.UntypedStorage
+_free: Any = getattr(_Storage, "_free_weak_ref", None)
+_CAN_HOLD_WEAKLY = all(hasattr(_Storage, name) for name in ("_weak_ref", "_new_with_weak_ptr", "_free_weak_ref"))
+
+
+def weak_storage(tensor: torch.Tensor) -> WeakStorage | None:
+    """A weak hold on the tensor's storage; None where this torch has none."""
+    return WeakStorage(tensor.untyped_storage()) if _CAN_HOLD_WEAKLY else None
+
+
 # ---- version counters --------------------------------------------------------------------------------------
 # There is no public way to put a counter back, which the probe for shared counters needs.
 
@@ -113,12 +140,23 @@ def sequence_number(node: Any) -> int:
 _push = _autograd._push_saved_tensors_default_hooks
 _pop = _autograd._pop_saved_tensors_default_hooks
 _top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+CAN_LOOK_AT_HOOKS = _top is not None
 _hooks_enabled: Callable[[], bool] = getattr(_autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 
 #: Where torch.func switches save hooks off and on again, by name: patched so that the guard can step aside.
 HOOK_SWITCHES = (_autograd, "_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable")
-#: Where save hooks are pushed, by name.
-HOOK_PUSH = (_autograd, "_push_saved_tensors_default_hooks")
+#: Where save hooks are pushed, popped and looked at, by name.
+HOOK_PUSHES = tuple(
+    (module, "_push_saved_tensors_default_hooks")
+    for module in (_autograd, torch.autograd)
+    if hasattr(module, "_push_saved_tensors_default_hooks")
+)
+HOOK_POPS = tuple(
+    (module, "_pop_saved_tensors_default_hooks")
+    for module in (_autograd, torch.autograd)
+    if hasattr(module, "_pop_saved_tensors_default_hooks")
+)
+HOOK_TOP = (_autograd, "_top_saved_tensors_default_hooks")
 
 
 def hooks_enabled() -> bool:
@@ -131,12 +169,27 @@ def push_hooks(pair: Hooks) -> None:
     _push(*pair)
 
 
+def pop_hooks() -> bool:
+    """Pop the innermost pair of save hooks; where this torch shows none, whichever it is."""
+    _pop()
+    return True
+
+
 def top_hooks() -> Hooks | None:
     """The innermost pair of save hooks of this thread."""
     if _top is None:
         return None
     pair = _top(True)
     return None if pair is None else (pair[0], pair[1])
+
+
+def lift_hooks() -> list[Hooks]:
+    """Take all pairs off this thread's stack, and return them, innermost first."""
+    lifted: list[Hooks] = []
+    while (top := top_hooks()) is not None:
+        _pop()
+        lifted.append(top)
+    return lifted
 
 
 def remove_hooks(pair: Hooks) -> int:
@@ -160,10 +213,7 @@ def remove_hooks(pair: Hooks) -> int:
 @contextmanager
 def without_hooks() -> Iterator[None]:
     """Run a block with this thread's save hooks lifted: what it saves is saved the way plain PyTorch does."""
-    lifted: list[Hooks] = []
-    while (top := top_hooks()) is not None:
-        _pop()
-        lifted.append(top)
+    lifted = lift_hooks()
     try:
         yield
     finally:
@@ -256,5 +306,10 @@ def missing() -> list[str]:
     if not CAN_PROBE_COUNTERS:
         told.append("torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions")
     if _top is None:
-        told.append("torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering")
+        told.append(
+            "torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering, and what is "
+            "saved under a program's own save hooks is not watched"
+        )
+    if not _CAN_HOLD_WEAKLY:
+        told.append("torch has no weak references to storages: save hooks that return a key are judged less exactly")
     return told

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "uncounted", "rebind", "unseen", "exported"]
+Kind = Literal["write", "uncounted", "rebind", "unseen", "exported", "unchecked"]
 
 _RESET = "\x1b[0m"
 _COLOURS = {"headline": "\x1b[1;31m", "label": "\x1b[1m", "place": "\x1b[36m", "fix": "\x1b[32m"}
@@ -41,9 +41,10 @@ class Violation:
     Attributes:
         kind: ``"write"`` (through an alias, by a call that the guard saw), ``"uncounted"`` (by a call that
             moves no version counter, whatever it writes through), ``"rebind"`` (``x.data = y`` on the tensor
-            that was saved), ``"unseen"`` (a write that only the alias's version counter gave away) or
+            that was saved), ``"unseen"`` (a write that only the alias's version counter gave away),
             ``"exported"`` (a write from outside torch, to memory that was handed to NumPy, DLPack or another
-            process).
+            process) or
+            ``"unchecked"`` (a write that moves the version, where the program's save hooks switch PyTorch's check off).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -113,6 +114,7 @@ class Violation:
             "rebind": self.operation,
             "unseen": "a write through an alias",
             "exported": "a write from outside torch",
+            "unchecked": f"{self.operation or 'a write'}, under save hooks that switch PyTorch's check off,",
         }[self.kind]
         verb = "would corrupt" if self.caught == "write" else "may have corrupted"
         return f"{what} {verb} a tensor saved for backward"
@@ -131,7 +133,7 @@ class Violation:
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
         if self.kind in ("write", "unseen", "exported"):
             places.append(("aliased", self.aliased, ""))
-        if self.kind in ("unseen", "exported"):
+        if self._writer_unknown:
             places.append(("written", None, ""))
             bound = "up to " if self.kind == "unseen" else ""
             places.append(("read", self.written, bound + changed))
@@ -141,13 +143,18 @@ class Violation:
                 places.append(("read", self.read, ""))
         return places
 
+    @property
+    def _writer_unknown(self) -> bool:
+        return self.kind in ("unseen", "exported") or (self.kind == "unchecked" and not self.operation)
+
     def _unknown(self, label: str) -> str:
         if label == "aliased":
             return "(the alias was made before the guard came, or by a route it does not follow)"
         if label == "written" and self.kind == "exported":
             return "(between alias and read: by NumPy, a DLPack consumer, another process)"
-        if label == "written" and self.kind == "unseen":
-            return "(between alias and read, by a call that is not patched: out=, torch.ops or an extension)"
+        if label == "written" and self._writer_unknown:
+            since = "save" if self.kind == "unchecked" else "alias"
+            return f"(between {since} and read, by a call that is not patched: out=, torch.ops or an extension)"
         return "(no user code on the stack)"
 
     def _explanation(self) -> list[str]:
@@ -156,6 +163,13 @@ class Violation:
                 "autograd cannot see this: the tensor that it saved points to other memory from now on, and",
                 "its version counter does not move. If backward reads it, the gradient is wrong. Without",
                 "torchguard, backward() would finish with wrong gradients and no error.",
+            ]
+        if self.kind == "unchecked":
+            return [
+                "The version counter of the saved tensor moved, and without save hooks PyTorch would refuse to use it.",
+                "Under save hooks (saved_tensors_hooks, save_on_cpu, checkpoint) it compares no versions, and what the",
+                "pack hook returned is still the same memory. Without torchguard, backward() would finish with wrong",
+                "gradients and no error.",
             ]
         if self.kind == "unseen":
             return [
@@ -180,6 +194,8 @@ class Violation:
             fix = "do it after backward(), or use an operation that moves the counter, which autograd checks"
         elif self.kind == "exported":
             fix = "write after backward(), or to a copy: x.numpy().copy(), torch.tensor(array)"
+        elif self.kind == "unchecked":
+            fix = "do it after backward(), or on a clone(); or have the pack hook return a copy, tensor.clone()"
         elif self.kind == "rebind":
             fix = "assign after backward(); to have autograd check it, use copy_() under torch.no_grad()"
         else:

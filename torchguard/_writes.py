@@ -9,6 +9,7 @@ what a call might do. It is paid for only by a call that would otherwise be repo
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from typing import Any
 
 import torch
 
-from torchguard import _memory, _places, _torch, _verdict
+from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._overlap import overlaps
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
-from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
+from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer, all_tensors, substituted
 
 #: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
@@ -59,10 +60,13 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     """
     if not LEDGER.any_alive():
         return call(*args, **kwargs)
+    if not _policy.state.guards:
+        _note_thread()
     watched: list[int] = []
     hits: list[_Hit] = []
+    seen: list[Save] = []
     with _torch.no_torch_function():
-        _look(writer, args, kwargs, watched, hits)
+        _look(writer, args, kwargs, watched, hits, seen)
     if hits:
         error = _judge(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
@@ -70,11 +74,12 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
                 raise error.args[0]
             return args[0]
         if error is not None:
+            seen.clear()
             try:
                 raise error
             finally:
                 del error  # it refers to this frame
-    if not watched and not hits:
+    if not watched and not hits and not seen:
         return call(*args, **kwargs)
     try:
         return call(*args, **kwargs)
@@ -83,11 +88,30 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
             ALIASES.settle(storage)
         for hit in hits:
             hit.save.accept()
+        for save in seen:
+            save.expect_version()
         hits.clear()
+        seen.clear()
 
 
-def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watched: list[int], hits: list[_Hit]) -> None:
-    """Find the storages whose aliases' counters will move, and the saves that a silent write would hit."""
+def _note_thread() -> None:
+    """This thread writes to memory that a guard watches, and has no guard: what it saves itself is not seen."""
+    if torch.is_grad_enabled() and _torch.top_hooks() is None and _torch.hooks_enabled():
+        name = threading.current_thread().name
+        _policy.note_unwatched(f"tensors saved in thread {name!r}, which was there before the guard (writes are seen)")
+
+
+def _look(
+    writer: Writer,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    watched: list[int],
+    hits: list[_Hit],
+    seen: list[Save],
+) -> None:
+    """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
+    version PyTorch does not check and that therefore is to be expected to move.
+    """
     for target in writer.targets(args, kwargs):
         storage = _memory.storage_of(target)
         if not storage:
@@ -99,20 +123,28 @@ def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watche
             ALIASES.sync(storage, saves)
             watched.append(storage)
         counted = writer.counts(target, args, kwargs)
-        hits += [_Hit(save, target, counted) for save in saves if _is_silent(writer, counted, target, save)]
+        for save in saves:
+            if not save.checked and not save.tracked:
+                seen.append(save)
+            if not _may_write_to(writer, target, save):
+                continue
+            silent = not (counted and save.shares_counter(target))
+            if silent and save.certain:
+                hits.append(_Hit(save, target, counted))
+            elif not save.checked:
+                kind: Kind = "unchecked" if not silent else ("write" if counted else "uncounted")
+                save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
 
 
-def _is_silent(writer: Writer, counted: bool, target: torch.Tensor, save: Save) -> bool:
-    """Whether the call may write to the save's memory without moving the save's version."""
+def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
+    """Whether the call may write to the save's memory, and PyTorch refuses neither the call nor the save."""
     if save.moved:
         return False  # PyTorch refuses this save already
     if target.requires_grad and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled())):
         return False  # PyTorch refuses the call
     there = _memory.span_of(target)
     here = _memory.span_of(save.tensor)
-    if there is None or here is None or overlaps(there, here) is False:
-        return False
-    return not (counted and _memory.shares_counter(target, save.tensor))
+    return there is not None and here is not None and overlaps(there, here) is not False
 
 
 def _judge(
@@ -154,7 +186,7 @@ def _answer(
                 hit.elements = _memory.touched_elements(rehearsal.mask, rehearsal.address, span)
     hits[:] = [hit for hit in hits if hit.elements]
     for hit in hits:
-        shared = not hit.counted and (writer.on_storage or _memory.shares_counter(hit.target, hit.save.tensor))
+        shared = not hit.counted and (writer.on_storage or hit.save.shares_counter(hit.target))
         _verdict.pronounce(
             hit.save,
             "uncounted" if shared else "write",
@@ -260,7 +292,8 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
 def saves_of(tensor: torch.Tensor) -> list[Save]:
     """The live saves that hold this very tensor."""
     storage = _memory.storage_of(tensor)
-    return [save for save in LEDGER.in_storage(storage) if save.tensor is tensor] if storage else []
+    found = LEDGER.in_storage(storage) if storage else []
+    return [save for save in found if save.tensor is tensor and save.certain]
 
 
 def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | None:
@@ -322,4 +355,4 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0
 
 def detached_in_place(tensor: torch.Tensor) -> list[Save]:
     """The saves that hold ``tensor`` as a non-leaf input: detached in place, PyTorch refuses them."""
-    return [] if tensor.is_leaf else saves_of(tensor)
+    return [] if tensor.is_leaf else [save for save in saves_of(tensor) if save.checked]
