@@ -17,10 +17,14 @@ PACKAGE = Path(torchguard.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_violation", "guard"},
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_compiled": {
+        "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers", "_writes",
+    },
     "_findings": {"_torch", "_violation"},
-    "_hooks": {"_policy", "_reads", "_saves", "_torch"},
+    "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
+    "_hooks": {"_functorch", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves", "_torch",
+        "_aliases", "_compiled", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves", "_torch",
         "_writers", "_writes",
     },
     "_ledger": set(),
@@ -35,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_refusal": {"_torch"},
     "_saves": {"_aliases", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation"},
     "_torch": set(),
-    "_verdict": {"_memory", "_places", "_policy", "_saves", "_violation"},
+    "_verdict": {"_memory", "_places", "_policy", "_saves", "_torch", "_violation"},
     "_violation": {"_model"},
     "_writers": {"_torch"},
     "_writes": {

@@ -76,6 +76,8 @@ class AliasRecord(ref[torch.Tensor]):
         if span is None or _memory.version_of(alias) < 0:
             return  # no memory, or no counter
         self.span = span
+        if _torch.is_wrapper(alias):
+            return  # what it writes moves the counter of the tensor behind it, too, and that one is watched
         with _torch.hidden():
             counter = alias.detach()
             _set_data(counter, _EMPTY)

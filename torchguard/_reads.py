@@ -81,6 +81,10 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     return unpack
 
 
+#: The unpack hook of every guard.
+unpack = make_unpack()
+
+
 def _refuse(save: Save) -> None:
     if save.version == DETACHED:
         raise _refusal.detached_refusal()
@@ -111,6 +115,8 @@ def _report(save: Save, rebound: bool) -> None:
     operation, written = "x.data = y" if rebound else "", read
     if remarks.writer is not None and not rebound:
         kind, operation, written = remarks.writer
+    if remarks.unchecked:
+        kind = "unchecked"
     _verdict.pronounce(
         save,
         kind,
@@ -126,12 +132,22 @@ def _report(save: Save, rebound: bool) -> None:
 
 def _changed_elements(save: Save) -> int:
     """How many elements differ from the proof; all of them where there is none."""
-    tensor, proof = save.tensor, None if save.remarks is None else save.remarks.proof
+    tensor, proof = _torch.behind(save.tensor), None if save.remarks is None else save.remarks.proof
     if proof is None or proof.shape != tensor.shape or not tensor.numel():
         return tensor.numel()
     with _torch.hidden():
         changed = _memory.as_bytes(proof.contiguous()) != _memory.as_bytes(tensor.contiguous())
         return int(changed.view(-1, tensor.element_size()).any(-1).sum())
+
+
+def examine_unchecked(save: Save) -> None:
+    """The same for a save that PyTorch reads without a look at its version: a tracked write is silent, too."""
+    ALIASES.sync(save.storage)
+    remarks = save.remark()
+    remarks.compare = remarks.compare or save.moved
+    with _torch.no_torch_function():
+        _examine(save)
+    save.version = _memory.version_of(save.tensor)
 
 
 def look_for_unseen_writes(leaving: bool = False) -> None:
