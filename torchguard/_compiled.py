@@ -19,7 +19,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES
-from torchguard._reads import examine_unchecked
+from torchguard._reads import examine_stashed
 from torchguard._saves import Save, make_pack
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import is_in_place
@@ -50,7 +50,7 @@ class StashAttribute:
         except KeyError:
             raise AttributeError(STASH) from None
         for save in getattr(stash, "saves", ()):
-            examine_unchecked(save)
+            examine_stashed(save)
         return stash
 
     def __set__(self, ctx: Any, tensors: Any) -> None:
@@ -68,7 +68,7 @@ class StashAttribute:
 def _save_of(tensor: torch.Tensor) -> Save:
     save = _record(tensor)
     save.tensor, save.node, save.version = tensor, None, _memory.version_of(tensor)
-    save.remark().unchecked = True
+    save.remark().stashed = True
     return save
 
 

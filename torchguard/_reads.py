@@ -115,8 +115,8 @@ def _report(save: Save, rebound: bool) -> None:
     operation, written = "x.data = y" if rebound else "", read
     if remarks.writer is not None and not rebound:
         kind, operation, written = remarks.writer
-    if remarks.unchecked:
-        kind = "unchecked"
+    if remarks.stashed:
+        kind = "stashed"
     _verdict.pronounce(
         save,
         kind,
@@ -140,7 +140,7 @@ def _changed_elements(save: Save) -> int:
         return int(changed.view(-1, tensor.element_size()).any(-1).sum())
 
 
-def examine_unchecked(save: Save) -> None:
+def examine_stashed(save: Save) -> None:
     """The same for a save that PyTorch reads without a look at its version: a tracked write is silent, too."""
     ALIASES.sync(save.storage)
     remarks = save.remark()

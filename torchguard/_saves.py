@@ -47,7 +47,7 @@ _OWN_FILES = frozenset(
 class Remarks:
     """What is known of the few saves about which there is something to say."""
 
-    __slots__ = ("compare", "guard", "proof", "suspect", "unchecked", "view", "writer")
+    __slots__ = ("compare", "guard", "proof", "suspect", "stashed", "view", "writer")
 
     def __init__(self) -> None:
         #: The alias whose counter moved without a write that the guard saw.
@@ -57,7 +57,7 @@ class Remarks:
         #: Whether the bytes decide at the read: a trusted or a silent writer has been at work.
         self.compare = False
         #: Whether PyTorch would read it without a look at its version, and never lets go of it: the bytes decide.
-        self.unchecked = False
+        self.stashed = False
         #: What the last such writer was, and where, if the guard saw it.
         self.writer: tuple[Kind, str, _places.Instruction] | None = None
         #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.
@@ -146,9 +146,9 @@ class Save:
                 self.keep_proof()
 
     @property
-    def unchecked(self) -> bool:
+    def stashed(self) -> bool:
         """Whether PyTorch reads it without a look at its version."""
-        return self.remarks is not None and self.remarks.unchecked
+        return self.remarks is not None and self.remarks.stashed
 
     @property
     def moved(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "uncounted", "rebind", "unseen", "unchecked"]
+Kind = Literal["write", "uncounted", "rebind", "unseen", "stashed"]
 
 _RESET = "\x1b[0m"
 _COLOURS = {"headline": "\x1b[1;31m", "label": "\x1b[1m", "place": "\x1b[36m", "fix": "\x1b[32m"}
@@ -42,7 +42,7 @@ class Violation:
         kind: ``"write"`` (through an alias, by a call that the guard saw), ``"uncounted"`` (by a call that
             moves no version counter, whatever it writes through), ``"rebind"`` (``x.data = y`` on the tensor
             that was saved), ``"unseen"`` (a write that only the alias's version counter gave away) or
-            ``"unchecked"`` (any write, tracked or not, to what PyTorch reads without a look at its version).
+            ``"stashed"`` (any write, tracked or not, to what PyTorch reads without a look at its version).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -111,7 +111,7 @@ class Violation:
             "uncounted": f"{self.operation}, which moves no version counter,",
             "rebind": self.operation,
             "unseen": "a write through an alias",
-            "unchecked": f"{self.operation or 'a write'}, which torch.compile does not check for,",
+            "stashed": f"{self.operation or 'a write'}, which torch.compile does not check for,",
         }[self.kind]
         verb = "would corrupt" if self.caught == "write" else "may have corrupted"
         return f"{what} {verb} a tensor saved for backward"
@@ -123,7 +123,7 @@ class Violation:
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
         if self.kind in ("write", "unseen"):
             places.append(("aliased", self.aliased, ""))
-        if self.kind == "unseen" or (self.kind == "unchecked" and not self.operation):
+        if self.kind == "unseen" or (self.kind == "stashed" and not self.operation):
             places.append(("written", None, ""))
             places.append(("read", self.written, f"up to {changed}"))
         else:
@@ -137,7 +137,7 @@ class Violation:
             return "(the alias was made before the guard came, or by a route it does not follow)"
         if label == "written" and self.kind == "unseen":
             return "(between alias and read, by a call that is not patched: out=, torch.ops or an extension)"
-        if label == "written" and self.kind == "unchecked":
+        if label == "written" and self.kind == "stashed":
             return "(between the compiled forward and its backward)"
         return "(no user code on the stack)"
 
@@ -148,7 +148,7 @@ class Violation:
                 "its version counter does not move. If backward reads it, the gradient is wrong. Without",
                 "torchguard, backward() would finish with wrong gradients and no error.",
             ]
-        if self.kind == "unchecked":
+        if self.kind == "stashed":
             return [
                 "A Function stashed this tensor on its ctx instead of giving it to save_for_backward, and so does",
                 "the compiled one: its version is never looked at. Without torchguard, backward() would finish",
@@ -168,7 +168,7 @@ class Violation:
 
     def _ways_out(self, paint: Any) -> list[str]:
         name = self._aliased_name()
-        if self.kind == "unchecked":
+        if self.kind == "stashed":
             fix = "do it after backward(); to have autograd check it, use ctx.save_for_backward() in the Function"
         elif self.kind == "uncounted":
             fix = "do it after backward(), or use an operation that moves the counter, which autograd checks"

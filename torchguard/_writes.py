@@ -104,7 +104,7 @@ def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watche
 
 def _is_silent(writer: Writer, counted: bool, target: torch.Tensor, save: Save) -> bool:
     """Whether the call may write to the save's memory without moving the save's version."""
-    if save.moved and not save.unchecked:
+    if save.moved and not save.stashed:
         return False  # PyTorch refuses this save already
     if target.requires_grad and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled())):
         return False  # PyTorch refuses the call
@@ -112,7 +112,7 @@ def _is_silent(writer: Writer, counted: bool, target: torch.Tensor, save: Save) 
     here = _memory.span_of(save.tensor)
     if there is None or here is None or overlaps(there, here) is False:
         return False
-    return save.unchecked or not (counted and _memory.shares_counter(target, save.tensor))
+    return save.stashed or not (counted and _memory.shares_counter(target, save.tensor))
 
 
 def _judge(
@@ -147,9 +147,9 @@ def _answer(
         hits.clear()
         return
     for hit in hits:
-        if hit.save.unchecked:
-            hit.save.let_bytes_decide("unchecked", writer.title, here)
-    hits[:] = [hit for hit in hits if not hit.save.unchecked]
+        if hit.save.stashed:
+            hit.save.let_bytes_decide("stashed", writer.title, here)
+    hits[:] = [hit for hit in hits if not hit.save.stashed]
     with _torch.hidden():
         for hit in hits:
             span = _memory.span_of(hit.save.tensor)
@@ -277,7 +277,7 @@ def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | Non
     trusted = _places.called_from(frame, _TRUSTED_FILES)
     try:
         for save in saves:
-            if trusted or save.unchecked:
+            if trusted or save.stashed:
                 save.let_bytes_decide("rebind", _REBINDING, here)
             elif not save.moved:
                 elements = save.tensor.numel()
