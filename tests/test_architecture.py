@@ -17,15 +17,20 @@ PACKAGE = Path(torchguard.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_violation", "guard"},
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_compiled": {
+        "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers", "_writes",
+    },
     "_exports": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_findings": {"_torch", "_violation"},
+    "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_hooked": {
         "_aliases", "_memory", "_overlap", "_places", "_policy", "_reads", "_saves", "_torch", "_verdict",
         "_violation",
     },
-    "_hooks": {"_hooked", "_policy", "_reads", "_saves", "_torch"},
+    "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_exports", "_hooked", "_hooks", "_interchange", "_memory", "_places", "_policy", "_pools", "_reads",
+        "_aliases", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory", "_places", "_policy", "_pools",
+        "_reads",
         "_refusal", "_saves", "_storages", "_torch", "_writers", "_writes",
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
@@ -44,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_saves": {"_aliases", "_exports", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation"},
     "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
     "_torch": set(),
-    "_verdict": {"_memory", "_places", "_policy", "_saves", "_violation"},
+    "_verdict": {"_memory", "_places", "_policy", "_saves", "_torch", "_violation"},
     "_violation": {"_model"},
     "_writers": {"_torch"},
     "_writes": {

@@ -77,6 +77,8 @@ class AliasRecord(ref[torch.Tensor]):
             return  # no memory, or no counter
         self.span = span
         self.start = _torch.storage_address(alias)
+        if _torch.is_wrapper(alias):
+            return  # what it writes moves the counter of the tensor behind it, too, and that one is watched
         self.counter = _memory.counter_of(alias)
 
     @property

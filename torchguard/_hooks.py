@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from torchguard import _policy, _torch
+from torchguard import _functorch, _policy, _torch
 from torchguard._hooked import compose, program_of
-from torchguard._reads import collector, make_unpack
+from torchguard._reads import collector, unpack
 from torchguard._saves import make_pack
 from torchguard._torch import Hooks
 
-_unpack = make_unpack()
 _ours: set[int] = set()
 
 
@@ -50,13 +49,13 @@ def _clear_stale() -> None:
 def push() -> Hooks:
     """Push a new pair of hooks onto this thread's stack, and return it."""
     _clear_stale()
-    pair = (make_pack(), _unpack)
+    pair = (make_pack(), unpack)
     _ours.add(id(pair[0]))
     if _torch.hooks_enabled():
         _restack(lambda pairs: [pair, *pairs])
     else:  # inside torch.func: nothing can be pushed until it is left
-        _policy.note_unwatched(_TORCH_FUNC)
         _lifted.pairs.append(pair)
+        _functorch.start()
     return pair
 
 
@@ -67,6 +66,8 @@ def remove(pair: Hooks) -> None:
         _ours.discard(id(pair[0]))
         return
     _lifted.pairs[:] = [other for other in _lifted.pairs if other[0] is not pair[0]]
+    if not _lifted.pairs:
+        _functorch.stop()
     _ours.discard(id(pair[0]))
 
 
@@ -98,8 +99,6 @@ def _is_ours(pair: Hooks) -> bool:
 
 # ---- torch.func --------------------------------------------------------------------------------------------
 
-_TORCH_FUNC = "tensors saved while save hooks are switched off (torch.func transforms, disable_saved_tensors_hooks)"
-
 
 def switch_off(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``_saved_tensors_hooks_disable``: step aside where only the guard's hooks are in the way."""
@@ -118,12 +117,13 @@ def switch_off(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, A
             for pair in reversed(lifted):
                 _torch.push_hooks(pair)
         elif lifted:
-            _policy.note_unwatched(_TORCH_FUNC)
             _lifted.pairs.extend(lifted)
+            _functorch.start()
 
 
 def switch_on(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``_saved_tensors_hooks_enable``: put back what stepped aside."""
+    _functorch.stop()
     result = original(*args, **kwargs)
     for pair in reversed(_lifted.pairs):
         _torch.push_hooks(pair)

@@ -23,6 +23,7 @@ import wrapt
 from torch.overrides import TorchFunctionMode
 
 from torchguard import (
+    _compiled,
     _hooked,
     _hooks,
     _interchange,
@@ -53,6 +54,8 @@ class Override(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)  # dynamo traces through here: nothing in its way, no graph break
         writer = _writer_of(func, kwargs)
         if writer is None:
             return func(*args, **kwargs)
@@ -150,6 +153,7 @@ def _route_method(function: Any) -> Callable[..., Any]:
     file = LEDGER.file
     groups = LEDGER.groups
     foreign = LEDGER.foreign
+    is_wrapper = _torch.is_wrapper
 
     def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if pending or filing:
@@ -159,8 +163,8 @@ def _route_method(function: Any) -> Callable[..., Any]:
         if type(instance) in plain and not foreign:
             try:
                 elsewhere = storage_id(instance) not in groups and not is_foreign(instance)
-            except _memory.NO_MEMORY:
-                elsewhere = True
+            except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
+                elsewhere = not is_wrapper(instance)
             if elsewhere:
                 return wrapped(*args, **kwargs)
         if state.every_call and mode_active():
@@ -258,7 +262,8 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
                 file()
             try:
                 storage = storage_id(alias)
-            except _memory.NO_MEMORY:
+            except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
+                _writes.enter_alias(alias, _places.user_instruction(frame))
                 return alias
             if storage not in groups and storage not in by_storage:
                 if inside_library.get(frame.f_code.co_filename) is False:
@@ -315,6 +320,28 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
         held.clear()
 
 
+def _compile(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.compile``: its first call loads the compiler, which is patched once it is there."""
+    _torch.load_compiler()
+    with _lock:
+        if _installed:
+            _patch_the_compiler()
+    return wrapped(*args, **kwargs)
+
+
+def _patch_the_compiler() -> None:
+    if not _compiler_patches:
+        where = _torch.where_regions_are_compiled()
+        if where is None:
+            return
+        owner, name = where
+        wrapper = wrapt.FunctionWrapper(getattr(owner, name), _compiled.compile_region)
+        _compiler_patches.append(_Patch(owner, name, wrapper))
+    for patch in _compiler_patches:
+        if vars(patch.owner).get(patch.name) is not patch.replacement:
+            patch.install()
+
+
 def _prepare() -> list[_Patch]:
     """Everything that is patched while a guard is on, made once."""
     # Tables that torch makes once, on the first call, from what it finds then.
@@ -366,7 +393,9 @@ def _prepare() -> list[_Patch]:
     if hasattr(module, top):
         patches.append(_Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
     backward = torch.autograd.function.BackwardCFunction
+    patches.append(_Patch(backward, _compiled.STASH, _compiled.StashAttribute()))
     patches.append(_Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
+    patches.append(_Patch(torch, "compile", _Routed(torch.compile, _compile)))
     start = threading.Thread.start
     patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
     patches += [
@@ -431,6 +460,7 @@ def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
 
 
 _patches: list[_Patch] = []
+_compiler_patches: list[_Patch] = []
 _script_names: list[tuple[Any, str]] = []
 _installed = 0
 _lock = threading.RLock()
@@ -452,6 +482,7 @@ def install() -> None:
             try:
                 for patch in _patches:
                     patch.install()
+                _patch_the_compiler()
                 for wrapper, name in _script_names:
                     _torch.enter_script_name(wrapper, name)
             except BaseException:
@@ -472,7 +503,7 @@ def uninstall() -> None:
 def _restore() -> None:
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
-    for patch in reversed(_patches):
+    for patch in reversed([*_patches, *_compiler_patches]):
         patch.restore()
 
 

@@ -31,7 +31,7 @@ _EMPTY = torch.empty(0)
 def storage_of(tensor: torch.Tensor) -> int:
     """Identity of the tensor's storage, shared by all its views; 0 where it has none."""
     try:
-        return _torch.storage_id(tensor)
+        return _torch.storage_id(_torch.behind(tensor))
     except NO_MEMORY:
         return 0
 
@@ -39,6 +39,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 def span_of(tensor: torch.Tensor) -> Span | None:
     """The memory of a strided tensor; None where it has none to write to (meta, fake, sparse, ...)."""
     try:
+        tensor = _torch.behind(tensor)
         if type(tensor) in PLAIN_TYPES and not _torch.function_mode_active():
             return _span(tensor)
         with _torch.no_torch_function():
@@ -74,8 +75,16 @@ def shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a tracked write to ``a`` would move the version of ``b``.
 
     Proven without touching anything where that is possible; otherwise the counter of ``a`` is bumped and put
-    back.
+    back. A write to a wrapper of torch.func moves its counter and that of each tensor inside it.
     """
+    if a is b:
+        return True
+    if _torch.is_wrapper(a):
+        return any(_shares_counter(level, b) for level in _torch.levels_of(a))
+    return _shares_counter(a, b)
+
+
+def _shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a is b:
         return True
     version = version_of(a)
@@ -118,6 +127,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 def _stretch(tensor: torch.Tensor) -> torch.Tensor:
     """All memory from the tensor's first to its last element, gaps included, as one contiguous dimension."""
+    tensor = _torch.behind(tensor)
     return tensor.detach().as_strided((_extent(tensor),), (1,))
 
 
@@ -134,21 +144,23 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
     """
     groups: dict[int, list[torch.Tensor]] = {}
     for tensor in written:
-        groups.setdefault(_torch.storage_id(tensor), []).append(tensor)
+        groups.setdefault(_torch.storage_id(_torch.behind(tensor)), []).append(tensor)
     for tensor in read:
         group = groups.get(storage_of(tensor))
         if group is not None and not (tensor.is_conj() or tensor.is_neg()):
             group.append(tensor)
     replicas = {}
     for group in groups.values():
-        reaches = [_reach_in_storage(tensor) for tensor in group]
+        inner = [_torch.behind(tensor) for tensor in group]
+        reaches = [_reach_in_storage(tensor) for tensor in inner]
         low = min(reach.start for reach in reaches) // _ALIGNMENT * _ALIGNMENT
         high = max(reach.stop for reach in reaches)
-        storage = group[0].untyped_storage()
+        storage = inner[0].untyped_storage()
         memory = over(storage, torch.uint8, low, (high - low,), (1,)).clone().untyped_storage()
-        for tensor, reach in zip(group, reaches, strict=True):
+        for given, tensor, reach in zip(group, inner, reaches, strict=True):
             offset = (reach.start - low) // tensor.element_size()
-            replicas[id(tensor)] = over(memory, tensor.dtype, offset, tensor.shape, tensor.stride())
+            replica = over(memory, tensor.dtype, offset, tensor.shape, tensor.stride())
+            replicas[id(given)] = _torch.wrapped_like(given, replica)
     return replicas
 
 
@@ -172,7 +184,7 @@ def over(
 
 def overwrite(tensor: torch.Tensor, replica: torch.Tensor) -> None:
     """Put what a replica holds into the tensor's elements; no version counter of the tensor moves."""
-    _copy(_get_data(tensor), replica)
+    _copy(_get_data(_torch.behind(tensor)), _torch.behind(replica))
 
 
 @contextmanager
@@ -182,7 +194,7 @@ def same_random_numbers(targets: Iterable[torch.Tensor], generator: torch.Genera
     put_back: list[Callable[[], Any]] = []
     # One at a time: torch asks for a generator's lock while it holds the interpreter's, and another thread that
     # is asking for the state may hold the generator's and wait for the interpreter's.
-    with _asking_for_states:
+    with _asking_for_states, _torch.hidden():
         if devices:
             put_back.append(partial(torch.set_rng_state, torch.get_rng_state()))
             if generator is not None:
@@ -195,7 +207,7 @@ def same_random_numbers(targets: Iterable[torch.Tensor], generator: torch.Genera
     try:
         yield
     finally:
-        with _asking_for_states:
+        with _asking_for_states, _torch.hidden():
             for restore in put_back:
                 restore()
 
@@ -225,6 +237,7 @@ def touched_elements(mask: torch.Tensor, address: int, span: Span) -> int:
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one dtype and shape hold the same bits (NaNs and signs of zero count)."""
     with _torch.hidden():
+        a, b = _torch.behind(a), _torch.behind(b)
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return False
         return bool(torch.equal(as_bytes(a.contiguous()), as_bytes(b.contiguous())))
@@ -261,6 +274,7 @@ def readable(tensor: torch.Tensor) -> bool:
 def describe(tensor: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and device of a tensor in the words of a report."""
     with _torch.no_torch_function():
+        tensor = _torch.behind(tensor)
         return {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": tuple(tensor.shape),
@@ -272,6 +286,7 @@ def reach(tensor: torch.Tensor) -> torch.Tensor:
     """A mask over the tensor's memory, from its first to its last byte, of the bytes that belong to its
     elements.
     """
+    tensor = _torch.behind(tensor)
     elements = torch.zeros(_extent(tensor), dtype=torch.bool, device=tensor.device)
     elements.as_strided(tensor.shape, tensor.stride(), 0).fill_(True)
     return elements.repeat_interleave(tensor.element_size())

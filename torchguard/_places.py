@@ -40,7 +40,7 @@ inside_library: dict[str, bool] = {}
 
 
 def _library(filename: str) -> bool:
-    answer = filename.startswith((_TORCH, _OURS, "<frozen ")) or filename in _PLUMBING
+    answer = filename.startswith((_TORCH, _OURS, "<frozen ", "<eval_with_key>")) or filename in _PLUMBING
     inside_library[filename] = answer
     return answer
 

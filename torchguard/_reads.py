@@ -86,6 +86,10 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     return unpack
 
 
+#: The unpack hook of every guard.
+unpack = make_unpack()
+
+
 def _refuse(save: Save) -> None:
     if save.version == DETACHED:
         raise _refusal.detached_refusal()
@@ -129,6 +133,8 @@ def _report(save: Save, kind: Kind) -> None:
     operation, written = "x.data = y" if kind == "rebind" else "", read
     if remarks.writer is not None and kind == "unseen":
         kind, operation, written = remarks.writer
+    if remarks.stashed:
+        kind = "stashed"
     _verdict.pronounce(
         save,
         kind,
@@ -145,7 +151,7 @@ def _report(save: Save, kind: Kind) -> None:
 
 def changed_elements(save: Save) -> int:
     """How many elements differ from the proof; all of them where there is none."""
-    tensor, proof = save.tensor, None if save.remarks is None else save.remarks.proof
+    tensor, proof = _torch.behind(save.tensor), None if save.remarks is None else save.remarks.proof
     if proof is None or proof.shape != tensor.shape or not _memory.readable(tensor):
         return tensor.numel()
     with _torch.hidden():
@@ -163,6 +169,16 @@ def _export_behind(save: Save) -> Export:
                 if export.span is not None and _memory.any_within(save.tensor, differs, export.span):
                     return export
     return exports[0]
+
+
+def examine_stashed(save: Save) -> None:
+    """The same for a save that PyTorch reads without a look at its version: a tracked write is silent, too."""
+    ALIASES.sync(save.storage)
+    remarks = save.remark()
+    remarks.compare = remarks.compare or save.moved
+    with _torch.no_torch_function():
+        _examine(save)
+    save.version = _memory.version_of(save.tensor)
 
 
 def look_for_unseen_writes(leaving: bool = False) -> None:

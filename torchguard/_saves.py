@@ -37,13 +37,18 @@ _FILE_AT = 4096
 _VIEW_NODE = type(torch.ones(1, requires_grad=True).as_strided((1,), (1,)).grad_fn)
 
 #: With ``every_call`` an operation is called from the override: what called the override is its caller.
-OWN_FILES = frozenset({__file__, os.path.join(os.path.dirname(__file__), "_intercept.py")})
+OWN_FILES = frozenset(
+    {
+        __file__,
+        *(os.path.join(os.path.dirname(__file__), f"{name}.py") for name in ("_intercept", "_functorch", "_compiled")),
+    }
+)
 
 
 class Remarks:
     """What is known of the few saves about which there is something to say."""
 
-    __slots__ = ("compare", "exports", "guard", "lent", "proof", "spoilt", "suspect", "view", "writer")
+    __slots__ = ("compare", "exports", "guard", "lent", "proof", "spoilt", "stashed", "suspect", "view", "writer")
 
     def __init__(self) -> None:
         #: The alias whose counter moved without a write that the guard saw.
@@ -52,6 +57,8 @@ class Remarks:
         self.proof: torch.Tensor | None = None
         #: Whether the bytes decide at the read: a trusted or a silent writer has been at work.
         self.compare = False
+        #: Whether PyTorch would read it without a look at its version, and never lets go of it: the bytes decide.
+        self.stashed = False
         #: What the last such writer was, and where, if the guard saw it.
         self.writer: tuple[Kind, str, _places.Instruction] | None = None
         #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.
@@ -124,6 +131,7 @@ class Save:
         remarks = self.remark()
         tensor = self.tensor
         with _torch.hidden():
+            tensor = _torch.behind(tensor)
             if at_most is not None and tensor.numel() * tensor.element_size() > at_most:
                 return
             remarks.lent = False
@@ -158,6 +166,11 @@ class Save:
             if remarks.proof is not None and not remarks.spoilt:
                 remarks.proof = None
                 self.keep_proof()
+
+    @property
+    def stashed(self) -> bool:
+        """Whether PyTorch reads it without a look at its version."""
+        return self.remarks is not None and self.remarks.stashed
 
     @property
     def moved(self) -> bool:
@@ -198,8 +211,8 @@ def is_foreign(tensor: torch.Tensor) -> bool:
 
 
 def _is_foreign(save: Save) -> bool:
-    try:
-        return is_foreign(save.tensor)
+    try:  # what torch.func wraps has remarks
+        return is_foreign(save.tensor if save.remarks is None else _torch.behind(save.tensor))
     except _memory.NO_MEMORY:
         return False
 
@@ -208,6 +221,7 @@ def extent_of(tensor: torch.Tensor) -> Extent | None:
     """Where the tensor's storage lies, and whether it is foreign; None where it has no memory."""
     try:
         with _torch.no_torch_function():
+            tensor = _torch.behind(tensor)
             low = _torch.storage_address(tensor)
             storage = tensor.untyped_storage()
             return (low, low + storage.nbytes(), not storage.resizable()) if low else None
@@ -220,8 +234,11 @@ LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_a
 ALIASES.live_saves = LEDGER.in_storage
 
 
-def make_pack() -> Callable[[torch.Tensor], Save]:
-    """A new pack hook. Everything it uses is bound to a local name: it runs once a save."""
+def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
+    """A new pack hook, or one for tensors that are known to be no plain ones.
+
+    Everything it uses is bound to a local name: it runs once a save.
+    """
     pending = LEDGER.pending
     file = LEDGER.file
     append = pending.append
@@ -340,7 +357,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             return record(tensor, storage)
         return record_exotic(tensor)
 
-    return pack
+    return record_exotic if exotic else pack
 
 
 def _latest(most: int) -> list[ref[Save]]:

@@ -7,6 +7,8 @@ guard can say what it does not watch instead of crashing.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -93,17 +95,27 @@ no_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(_C, "Disa
 no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableTorchDispatch", nullcontext)
 
 
+no_transforms: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableFuncTorch", nullcontext)
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
-    """Do something with tensors of real memory that no user's mode and no subclass sees."""
-    with no_torch_function(), no_torch_dispatch():
+    """Do something with tensors of real memory that no user's mode, no subclass and no transform sees."""
+    with no_torch_function(), no_torch_dispatch(), no_transforms():
         yield
 
 
 @contextmanager
 def hidden() -> Iterator[None]:
     """The same, and no graph records it: for all that the guard looks at and copies."""
-    with unseen(), torch.no_grad():
+    with no_torch_function(), no_torch_dispatch(), no_transforms(), torch.no_grad():
+        yield
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """Make a user's call on copies: unseen and unrecorded, but inside the torch.func transforms that are on."""
+    with no_torch_function(), no_torch_dispatch(), torch.no_grad():
         yield
 
 
@@ -126,6 +138,69 @@ def remove_function_mode(mode: Any) -> None:
         _push_mode(other)
 
 
+# ---- torch.func --------------------------------------------------------------------------------------------
+# Inside a transform a tensor is a wrapper, with a version counter of its own and no memory; what it wraps may be
+# a wrapper again. There is no public way to what lies behind.
+
+_transforms: Any = getattr(_C, "_functorch", None)
+_NO = lambda tensor: False  # noqa: E731
+_is_wrapped: Callable[[torch.Tensor], bool] = getattr(_transforms, "is_functorch_wrapped_tensor", _NO)
+_is_grad_wrapper: Callable[[torch.Tensor], bool] = getattr(_transforms, "is_gradtrackingtensor", _NO)
+_is_batch_wrapper: Callable[[torch.Tensor], bool] = getattr(_transforms, "is_batchedtensor", _NO)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether torch.func made this tensor around another one."""
+    # Functionalisation, which compilers use, makes wrappers as well.
+    return _is_wrapped(tensor) and (_is_grad_wrapper(tensor) or _is_batch_wrapper(tensor))
+
+
+def levels_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor, what it wraps, and so on down to the one that has memory."""
+    yield tensor
+    while is_wrapper(tensor):
+        tensor = _transforms.get_unwrapped(tensor)
+        yield tensor
+
+
+def behind(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that has the memory: ``tensor`` itself unless torch.func wrapped it."""
+    while _is_wrapped(tensor) and is_wrapper(tensor):
+        tensor = _transforms.get_unwrapped(tensor)
+    return tensor
+
+
+def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """``memory`` in the wrappers that ``tensor`` has; those of transforms that are over are left out."""
+    for wrapper in reversed(list(levels_of(tensor))[:-1]):
+        level = _transforms.maybe_get_level(wrapper)
+        if level < 0:
+            continue
+        if _is_batch_wrapper(wrapper):
+            memory = _transforms._add_batch_dim(memory, _transforms.maybe_get_bdim(wrapper), level)
+        else:
+            memory = _transforms._wrap_for_grad(memory, level)
+    return memory
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leave the torch.func transforms that are on in this thread for a block: it calls a custom Function, say."""
+    try:
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    except ImportError:
+        yield
+        return
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def tracing() -> bool:
+    """Whether torch.compile is tracing in this thread: what is called then is not the program's run."""
+    context = getattr(getattr(torch, "_guards", None), "TracingContext", None)
+    return context is not None and context.try_get() is not None
+
+
 # ---- autograd ----------------------------------------------------------------------------------------------
 # The public saved_tensors_hooks pops by position; a guard that leaves out of order must find its own pair.
 
@@ -135,6 +210,49 @@ next_sequence_number: Callable[[], int] = getattr(_autograd, "_get_sequence_nr",
 def sequence_number(node: Any) -> int:
     """The place of a node in the order in which this thread made them."""
     return int(node._sequence_nr())
+
+
+def made_since(node: Any, number: int) -> bool:
+    """Whether this thread made the node since the next sequence number was ``number``; never a leaf's."""
+    return number <= int(node._sequence_nr()) < next_sequence_number()
+
+
+_SAVED = "_raw_saved_"
+_saved_names: dict[type, list[str]] = {}
+_saved_tensors: Any = torch.autograd.function.BackwardCFunction.saved_tensors
+#: Types of nodes that cannot be asked what they save: an in-place operation on a view, a C++ extension's function.
+_OPAQUE_NODES = ("CopySlices", "CppFunction")
+
+
+def saved_variables(node: Any) -> list[tuple[Any, torch.Tensor]] | None:
+    """The saved tensors of a node, each with what PyTorch takes hooks on; None where the node hides them.
+
+    A tensor whose ``grad_fn`` is the node is an output of it; every other is the very tensor that was saved.
+    """
+    kind = type(node)
+    names = _saved_names.get(kind)
+    if names is None:
+        names = _saved_names[kind] = [name for name in dir(kind) if name.startswith(_SAVED)]
+    if not names:
+        return None if kind.__name__ in _OPAQUE_NODES else []
+    found = []
+    for name in names:
+        try:
+            raw = getattr(node, name)
+            custom = name == "_raw_saved_tensors" and isinstance(node, torch.autograd.function.BackwardCFunction)
+            tensors = _saved_tensors.__get__(node) if custom else getattr(node, "_" + name[len("_raw_") :])
+        except (RuntimeError, AttributeError):  # freed, or PyTorch refuses it already
+            continue
+        several = isinstance(raw, (list, tuple))
+        for variable, tensor in zip(raw, tensors, strict=True) if several else ((raw, tensors),):
+            if isinstance(tensor, torch.Tensor):
+                found.append((variable, tensor))
+    return found
+
+
+def about_to_save(ctx: Any) -> tuple[Any, ...]:
+    """What ``ctx.save_for_backward`` was given in a forward that runs still."""
+    return getattr(ctx, "to_save", None) or ()
 
 
 _push = _autograd._push_saved_tensors_default_hooks
@@ -242,6 +360,46 @@ def remove_script_name(wrapper: object) -> None:
     """Take back :func:`enter_script_name`."""
     builtins: Any = torch.jit._builtins
     builtins._get_builtin_table().pop(id(wrapper), None)
+
+
+# ---- torch.compile -----------------------------------------------------------------------------------------
+
+
+def where_regions_are_compiled() -> tuple[Any, str] | None:
+    """The class and the method that hand a graph to a backend; None as long as torch.compile was not loaded."""
+    module = sys.modules.get("torch._dynamo.output_graph")
+    owner = getattr(module, "OutputGraph", None)
+    return (owner, "call_user_compiler") if hasattr(owner, "call_user_compiler") else None
+
+
+def load_compiler() -> None:
+    """What the first call of ``torch.compile`` does."""
+    importlib.import_module("torch._dynamo")
+
+
+def graph_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.fx.GraphModule | None:
+    """The graph that a backend is given."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.GraphModule)]
+    return given[0] if given else None
+
+
+def copy_of_graph(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A module of its own graph with the same parameters and buffers."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return torch.fx.GraphModule(module, graph)
+
+
+def has_unknown_operators(module: torch.fx.GraphModule) -> bool:
+    """Whether a graph calls operators that are not torch's own, or calls further graphs."""
+    for node in module.graph.nodes:
+        target = node.target
+        operator = isinstance(target, torch._ops.OperatorBase)
+        if operator and str(getattr(target, "namespace", "")) not in ("aten", "prims"):
+            return True
+        if node.op == "call_module" or "distributed" in str(getattr(target, "__module__", "")):
+            return True
+    return False
 
 
 VF: Any = torch._VF

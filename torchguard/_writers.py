@@ -192,13 +192,14 @@ def substituted(value: Any, replicas: Mapping[int, torch.Tensor]) -> Any:
     return items if isinstance(value, list) else tuple(items)
 
 
-def _can_write(name: str) -> bool:
+def is_in_place(name: str) -> bool:
+    """Whether a callable of this name writes to what it is given."""
     return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
 def writer_of(name: str) -> Writer | None:
     """What the operator ``name`` writes to; None where it writes to no memory."""
-    if not _can_write(name) or name in _METADATA_ONLY:
+    if not is_in_place(name) or name in _METADATA_ONLY:
         return None
     written: dict[int, str] = {}
     draws = name in _DRAW
@@ -234,7 +235,7 @@ def writers_in(namespace: Any, names: Iterable[str]) -> dict[str, tuple[Callable
     """
     found = {}
     for name in names:
-        if not _can_write(name):
+        if not is_in_place(name):
             continue
         function = getattr(namespace, name, None)
         if not callable(function) or (namespace is not torch.Tensor and inspect.isfunction(function)):

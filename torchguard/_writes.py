@@ -45,7 +45,7 @@ class _Hit:
 def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
     """Live saves that may lie over the tensor's memory, whatever storage they are in."""
     saves = LEDGER.in_storage(storage)
-    if LEDGER.groups and (LEDGER.foreign or is_foreign(tensor)):
+    if LEDGER.groups and (LEDGER.foreign or is_foreign(tensor := _torch.behind(tensor))):
         extent = extent_of(tensor)
         if extent is not None:
             saves = saves + LEDGER.across_storages(storage, extent)
@@ -128,7 +128,7 @@ def _look(
                 seen.append(save)
             if not _may_write_to(writer, target, save):
                 continue
-            silent = not (counted and save.shares_counter(target))
+            silent = save.stashed or not (counted and save.shares_counter(target))
             if silent and save.certain:
                 hits.append(_Hit(save, target, counted))
             elif not save.checked:
@@ -138,7 +138,7 @@ def _look(
 
 def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
     """Whether the call may write to the save's memory, and PyTorch refuses neither the call nor the save."""
-    if save.moved:
+    if save.moved and not save.stashed:
         return False  # PyTorch refuses this save already
     if target.requires_grad and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled())):
         return False  # PyTorch refuses the call
@@ -178,6 +178,10 @@ def _answer(
             hit.save.let_bytes_decide("write" if hit.counted else "uncounted", writer.title, here)
         hits.clear()
         return
+    for hit in hits:
+        if hit.save.stashed:
+            hit.save.let_bytes_decide("stashed", writer.title, here)
+    hits[:] = [hit for hit in hits if not hit.save.stashed]
     with _torch.hidden():
         for hit in hits:
             span = _memory.span_of(hit.save.tensor)
@@ -232,18 +236,20 @@ def _rehearse(
     """What the call changes, for each tensor that it writes to (by id)."""
     targets = writer.targets(args, kwargs)
     generator = kwargs.get("generator")
-    with _torch.hidden(), _memory.same_random_numbers(targets if writer.draws else (), generator):
+    with _torch.hidden():
         if any(target.is_conj() or target.is_neg() or target.is_quantized for target in targets):
             # The copy would not be such a tensor: count every element that the call is given.
             return {id(target): _Rehearsal(_memory.reach(target), _address(target)) for target in targets}
         replicas = _memory.replicas_of(targets, all_tensors([*args, *kwargs.values()]))
-        failure: Exception | None = None
+    failure: Exception | None = None
+    with _memory.same_random_numbers(targets if writer.draws else (), generator), _torch.rehearsing():
         try:
             call(*substituted(args, replicas), **{name: substituted(kwargs[name], replicas) for name in kwargs})
         except Exception as error:
             if not writer.calls_back:
                 raise
             failure = error  # the user's function raised, half-way: so far the memory is written
+    with _torch.hidden():
         return {
             id(target): _Rehearsal(
                 _memory.changed_bytes(target, replicas[id(target)]), _address(target), replicas[id(target)], failure
@@ -293,7 +299,7 @@ def saves_of(tensor: torch.Tensor) -> list[Save]:
     """The live saves that hold this very tensor."""
     storage = _memory.storage_of(tensor)
     found = LEDGER.in_storage(storage) if storage else []
-    return [save for save in found if save.tensor is tensor and save.certain]
+    return [save for save in found if save.certain and any(one is tensor for one in _torch.levels_of(save.tensor))]
 
 
 def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | None:
@@ -302,7 +308,7 @@ def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | Non
     trusted = _places.called_from(frame, _TRUSTED_FILES)
     try:
         for save in saves:
-            if trusted:
+            if trusted or save.stashed:
                 save.let_bytes_decide("rebind", _REBINDING, here)
             elif not save.moved:
                 elements = save.tensor.numel()
@@ -321,7 +327,9 @@ _REBINDING = "x.data = y"
 def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: torch.Tensor) -> bool:
     try:
         with _torch.hidden():
-            setter(tensor.detach(), value)
+            copy = _torch.wrapped_like(tensor, _torch.behind(tensor).detach())
+        with _torch.rehearsing():
+            setter(copy, value)
     except (RuntimeError, TypeError):
         return False  # PyTorch refuses it, and says so itself in a moment
     return True
@@ -330,6 +338,7 @@ def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, 
 def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether backward would see the same values in ``value``."""
     with _torch.hidden():
+        tensor, value = _torch.behind(tensor), _torch.behind(value)
         if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
             return False
         if (span := _memory.span_of(tensor)) is not None and span == _memory.span_of(value):

@@ -6,12 +6,27 @@ Each module holds the routes of one family; what a program is, and how it is jud
 from catalogue import textbook  # isort: skip - the four textbook programs come first
 from harness import PROGRAMS
 
-from catalogue import aliases, exports, graphs, hooked, methods, models, rebinding, storages, training, unseen
+from catalogue import (
+    aliases,
+    compiled,
+    exports,
+    functorch,
+    graphs,
+    hooked,
+    methods,
+    models,
+    rebinding,
+    storages,
+    training,
+    unseen,
+)
 
 __all__ = [
     "PROGRAMS",
     "aliases",
+    "compiled",
     "exports",
+    "functorch",
     "graphs",
     "hooked",
     "methods",
