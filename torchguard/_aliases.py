@@ -76,7 +76,7 @@ class AliasRecord(ref[torch.Tensor]):
         if span is None or _memory.version_of(alias) < 0:
             return  # no memory, or no counter
         self.span = span
-        self.start = _torch.storage_address(alias)
+        self.start = _torch.storage_address(_torch.behind(alias))
         if _torch.is_wrapper(alias):
             return  # what it writes moves the counter of the tensor behind it, too, and that one is watched
         self.counter = _memory.counter_of(alias)
@@ -214,7 +214,7 @@ class Aliases:
             here = _memory.span_of(save.tensor)
             if here is not None and record.span is not None and save.storage == storage:
                 # A storage that was resized, or put into shared memory, lies elsewhere now.
-                moved = _torch.storage_address(save.tensor) - record.start
+                moved = _torch.storage_address(_torch.behind(save.tensor)) - record.start
                 span = replace(record.span, address=record.span.address + moved)
             if here is None or save.moved or overlaps(span, here) is False:
                 continue

@@ -265,6 +265,7 @@ def readable(tensor: torch.Tensor) -> bool:
     """Whether the tensor's storage (still) reaches as far as its elements do."""
     try:
         with _torch.no_torch_function():
+            tensor = _torch.behind(tensor)
             last = int(tensor.storage_offset()) + _extent(tensor)
             return not tensor.numel() or last * tensor.element_size() <= tensor.untyped_storage().nbytes()
     except NO_MEMORY:

@@ -152,14 +152,18 @@ class Save:
     def expect_version(self) -> None:
         """The version of a save that is not checked has moved by a write that was seen."""
 
-    def accept(self) -> None:
-        """What has happened to the save so far has been answered: what is there now is what backward is to find."""
+    def follow(self) -> None:
+        """The tensor that was saved may lie elsewhere now."""
         if self.node is None:
             storage = _memory.storage_of(self.tensor)
             if storage != self.storage:
                 self.storage = storage
                 if not any(save is self for save in LEDGER.in_storage(storage)):
                     LEDGER.add(self)
+
+    def accept(self) -> None:
+        """What has happened to the save so far has been answered: what is there now is what backward is to find."""
+        self.follow()
         remarks = self.remarks
         if remarks is not None:
             remarks.suspect = remarks.guard = remarks.writer = None

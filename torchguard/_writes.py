@@ -276,9 +276,10 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
         SavedTensorCorruptionError: by the innermost guard, before anything has changed.
     """
     saves = saves_of(tensor)
+    undecided: list[Save] = []
     frame = sys._getframe(1)
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
-        error = None if _same(tensor, value) else _judge_rebinding(tensor, saves)
+        error = None if _same(tensor, value) else _judge_rebinding(saves, undecided)
         if error is not None:
             try:
                 raise error
@@ -288,7 +289,10 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     setter(tensor, value)
     for save in saves:  # what backward will read lies elsewhere now
         save.accept()
+    for save in undecided:
+        save.follow()
     saves.clear()
+    undecided.clear()
     if isinstance(value, torch.Tensor) and type(value) in _memory.PLAIN_TYPES:
         here = _places.user_instruction(frame)
         for alias in (value, tensor):  # the same memory, two counters
@@ -302,7 +306,8 @@ def saves_of(tensor: torch.Tensor) -> list[Save]:
     return [save for save in found if save.certain and any(one is tensor for one in _torch.levels_of(save.tensor))]
 
 
-def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | None:
+def _judge_rebinding(saves: list[Save], undecided: list[Save]) -> Exception | None:
+    """Have the saves answered; those that the bytes decide about later are moved over to ``undecided``."""
     frame = sys._getframe(2)
     here = _places.user_instruction(frame)
     trusted = _places.called_from(frame, _TRUSTED_FILES)
@@ -310,6 +315,7 @@ def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | Non
         for save in saves:
             if trusted or save.stashed:
                 save.let_bytes_decide("rebind", _REBINDING, here)
+                undecided.append(save)
             elif not save.moved:
                 elements = save.tensor.numel()
                 _verdict.pronounce(
@@ -317,7 +323,9 @@ def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | Non
                 )
     except (SavedTensorCorruptionError, SavedTensorCorruptionWarning) as error:
         saves.clear()
+        undecided.clear()
         return error.with_traceback(None)
+    saves[:] = [save for save in saves if not any(save is other for other in undecided)]
     return None
 
 
