@@ -93,6 +93,11 @@ no_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(_C, "Disa
 no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableTorchDispatch", nullcontext)
 
 
+def any_mode_active() -> bool:
+    """Whether a user's mode would see what is done with tensors now."""
+    return function_mode_active() or dispatch_mode_depth() > 0
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
     """Do something with tensors of real memory that no user's mode and no subclass sees."""
