@@ -116,9 +116,10 @@ class HookedSave(Save):
         if not (remarks.compare or self.tracked or remarks.suspect is not None):
             # What was copied at the save may not have been filled yet (the noise of an RReLU).
             remarks.proof = None
-        super().let_bytes_decide(kind, operation, here)
         reasons = _policy.state.reasons
-        self.reason = reasons[-1] if reasons else None
+        if not remarks.compare or self.reason is not None:
+            self.reason = reasons[-1] if reasons else None
+        super().let_bytes_decide(kind, operation, here)
 
     def expect_version(self) -> None:
         """The version has moved by a write that was seen."""
@@ -135,6 +136,8 @@ class HookedSave(Save):
             self._look_at(self.tensor)
             LEDGER.add(self)
         super().accept()
+        if self.remarks is not None:
+            self.remarks.compare = False
 
     def _look_at(self, tensor: torch.Tensor) -> None:
         self.weak = _torch.weak_storage(tensor)
