@@ -13,6 +13,8 @@ import torch
 
 import torchguard
 from torchguard import _hooks, _intercept, _policy
+from torchguard._hooked import HookedSave
+from torchguard._saves import LEDGER
 
 #: Everything that a guard patches something in.
 NAMESPACES: dict[str, Any] = {
@@ -125,6 +127,14 @@ def _clear_up() -> None:
     _intercept._installed = 0
 
 
+def _forget_cycles() -> None:
+    """A pack hook that returns an output itself makes a cycle that nobody collects, guarded or not."""
+    LEDGER.file()
+    for storage, group in list(LEDGER.groups.items()):
+        if any(isinstance(item(), HookedSave) for item in group):
+            LEDGER._close(storage)
+
+
 @pytest.fixture
 def found() -> Callable[[], Found]:
     """Takes down what torch looks like now; ``.differences()`` tells what has changed since."""
@@ -136,6 +146,7 @@ def torch_as_found() -> Iterator[None]:
     """No hook, no mode, no guard and no patch outlives a test."""
     before = Found()
     yield
+    _forget_cycles()
     left = before.differences()
     if _policy.entered or _policy.state.guards:
         left.append(f"guards that are still entered: {_policy.entered or _policy.state.guards}")

@@ -174,9 +174,31 @@ class Repairing(Meddling):
         return tensor
 
 
-@pytest.mark.parametrize("case", [case for case in sample("corrupting") if case.route != "another thread"], ids=str)
+OWN_HOOKS = "save hooks of the program"
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in sample("corrupting") if case.route not in ("another thread", OWN_HOOKS)], ids=str
+)
 def test_a_guard_that_hides_the_corruption_fails(case: Program) -> None:
     assert fails(case, Mode("repairing", lambda: Repairing("warn"), False, False))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in sample("corrupting") if case.route == OWN_HOOKS and case.caught == "read"], ids=str
+)
+def test_a_guard_that_lets_pass_what_pytorch_does_not_check_fails(
+    case: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchguard._hooked._is_changed", lambda *_: False)
+    assert fails(case, Mode("lax under hooks", torchguard.strict, True, False))
+
+
+def test_a_guard_that_knows_only_versions_under_hooks_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchguard._hooked._is_changed", lambda *_: True)
+    for name in ("hooks_inside_itself_tracked_times_one", "hooks_inside_key_tracked_times_one"):
+        case = next(case for case in PROGRAMS if case.name == name)
+        assert fails(case, Mode("versions only", torchguard.strict, True, False))
 
 
 def test_a_guard_that_changes_results_fails() -> None:

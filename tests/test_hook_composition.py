@@ -432,6 +432,50 @@ def test_what_was_written_under_the_guard_and_is_read_after_it(unseen: bool) -> 
     assert [violation.kind for violation in guard.violations] == ["unchecked"]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_one_write_that_is_not_allowed_is_enough(first: bool) -> None:
+    w = leaf()
+    with strict() as guard:
+        with save_on_cpu():
+            out = w.exp()
+        if first:
+            out.detach().mul_(2)
+        with torchguard.allow("on purpose"):
+            out.detach().mul_(2)
+        if not first:
+            out.detach().mul_(2)
+        with pytest.raises(SavedTensorCorruptionError):
+            out.sum().backward()
+    assert guard.allowed == []
+
+
+def test_a_write_after_one_that_was_warned_of_is_another_violation() -> None:
+    w = leaf()
+    with Guard("record") as guard:
+        with save_on_cpu():
+            out = w.exp()
+        out.detach().mul_(2)
+        out.sum().backward(retain_graph=True)
+        out.sum().backward(retain_graph=True)
+        assert [violation.operation for violation in guard.violations] == ["mul_()"]
+        with torchguard.allow("on purpose"):
+            out.detach().add_(2)
+        out.sum().backward(retain_graph=True)
+        assert [violation.operation for violation in guard.allowed] == ["add_()"]
+        torch.exp(out.detach(), out=out.detach())
+        out.sum().backward()
+    assert [(violation.operation, violation.times) for violation in guard.violations] == [("mul_()", 1), ("", 1)]
+
+
+def test_what_has_no_memory_is_told() -> None:
+    with strict() as guard:
+        w = leaf()
+        with save_on_cpu():
+            torch.sparse.mm(torch.eye(3).to_sparse(), w[:, None]).sum().backward()
+    (line,) = guard.unwatched
+    assert "no memory to compare writes with" in line
+
+
 # ---- lifetimes ----------------------------------------------------------------------------------------------------
 
 

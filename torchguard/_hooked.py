@@ -116,9 +116,10 @@ class HookedSave(Save):
         if not (remarks.compare or self.tracked or remarks.suspect is not None):
             # What was copied at the save may not have been filled yet (the noise of an RReLU).
             remarks.proof = None
-        super().let_bytes_decide(kind, operation, here)
         reasons = _policy.state.reasons
-        self.reason = reasons[-1] if reasons else None
+        if not remarks.compare or self.reason is not None:
+            self.reason = reasons[-1] if reasons else None
+        super().let_bytes_decide(kind, operation, here)
 
     def expect_version(self) -> None:
         """The version has moved by a write that was seen."""
@@ -135,6 +136,8 @@ class HookedSave(Save):
             self._look_at(self.tensor)
             LEDGER.add(self)
         super().accept()
+        if self.remarks is not None:
+            self.remarks.compare = False
 
     def _look_at(self, tensor: torch.Tensor) -> None:
         self.weak = _torch.weak_storage(tensor)
@@ -162,7 +165,21 @@ def _nothing() -> None:
 #: Of what a pack hook returned, at most so many objects are looked at.
 _MOST = 200
 
-_PLAIN_VALUES = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType)
+_PLAIN_VALUES = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    type,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    torch.device,
+    torch.dtype,
+    torch.Size,
+)
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -247,6 +264,13 @@ def _lies_over(leaf: Any, saved: torch.Tensor) -> bool:
     if leaf is saved:
         return True
     if isinstance(leaf, torch.Tensor):
+        if (
+            type(leaf) in _memory.PLAIN_TYPES
+            and _memory.storage_of(leaf) == _memory.storage_of(saved) != 0
+            and leaf.storage_offset() == saved.storage_offset()
+            and leaf.numel() == saved.numel() != 0
+        ):
+            return True
         same = _memory.storage_of(leaf) == _memory.storage_of(saved) != 0
         if not same:
             there, here = extent_of(leaf), extent_of(saved)
@@ -276,17 +300,21 @@ def compose(program: Hooks) -> Hooks:
     """A pair of hooks that records what is saved, and otherwise does what the program's pair does."""
     pack_program, unpack_program = program
     code = getattr(pack_program, "__code__", None)
+    plain, any_mode_active = _memory.PLAIN_TYPES, _torch.any_mode_active
     recomputes = code is not None and code.co_filename == torch.utils.checkpoint.__file__
 
     def pack(tensor: torch.Tensor) -> Any:
         output_of = _node_of_output(tensor)
         packed = pack_program(tensor)
+        if type(tensor) in plain and not any_mode_active():
+            return _record(tensor, packed, output_of)  # hooks run without grad mode: nobody sees what is done here
         with _torch.hidden():
             return _record(tensor, packed, output_of)
 
     def unpack(save: HookedSave) -> torch.Tensor:
-        certain = save.counter is not None and save.certain
-        error = _verdict_on(save, save.tensor, False) if certain and _suspicious(save) else None
+        suspicious = save.counter is not None and _suspicious(save)
+        certain = suspicious and save.certain
+        error = _verdict_on(save, save.tensor, False) if certain else None
         if error is None:
             outer = collector.saves
             collector.saves = None  # what it reads itself is not what is asked for
@@ -294,7 +322,7 @@ def compose(program: Hooks) -> Hooks:
                 tensor = unpack_program(save.packed)
             finally:
                 collector.saves = outer
-            if not certain and save.counter is not None and _suspicious(save):
+            if suspicious and not certain:
                 error = _verdict_on(save, tensor, recomputes)
         if error is not None:
             del save
@@ -342,14 +370,18 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> Hooked
     save.code = save.inner_code = None
     save.offset = save.inner_offset = 0
     save.storage = 0
-    if _memory.span_of(tensor) is None:
+    if not _memory.has_memory(tensor):
         if tensor.device.type != "meta" and tensor.numel():
             _policy.note_unwatched(
                 f"{type(tensor).__name__} saved under the program's own save hooks: no memory to compare writes with, "
                 "and PyTorch's version check is off"
             )
         return save
-    form = (True, tensor) if packed is tensor else _form_of(packed, tensor)
+    form: tuple[bool, torch.Tensor | None] | None
+    if type(packed) in _memory.PLAIN_TYPES:
+        form = (True, packed) if _lies_over(packed, tensor) else _form_of(packed, tensor)
+    else:
+        form = _form_of(packed, tensor)
     judged = tensor if form is None or form[1] is None else form[1]
     save.storage = _memory.storage_of(judged)
     save.version = tensor._version
@@ -369,8 +401,10 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> Hooked
         ALIASES.sync(storage)
         if ALIASES.arm(storage, tensor):
             save.keep_proof(PROOF_BYTES_AT_SAVE)
-    if form[0]:
-        save.keep_proof(PROOF_BYTES_AT_SAVE)  # for a tracked write that nobody sees coming
+    if form[0] and judged.numel() * judged.element_size() <= PROOF_BYTES_AT_SAVE:
+        remarks = save.remark()  # for a tracked write that nobody sees coming
+        if remarks.proof is None:
+            remarks.proof = judged.detach().clone()
     LEDGER.add(save)
     return save
 

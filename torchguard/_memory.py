@@ -36,6 +36,14 @@ def storage_of(tensor: torch.Tensor) -> int:
         return 0
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has a span (see :func:`span_of`); asked with user code kept out."""
+    try:
+        return tensor.layout is torch.strided and _torch.storage_address(tensor) != 0
+    except NO_MEMORY:
+        return False
+
+
 def span_of(tensor: torch.Tensor) -> Span | None:
     """The memory of a strided tensor; None where it has none to write to (meta, fake, sparse, ...)."""
     try:
@@ -104,6 +112,10 @@ def _shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def counter_of(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that shares the version counter of ``tensor`` and no memory."""
+    if not torch.is_grad_enabled() and type(tensor) in PLAIN_TYPES and not _torch.any_mode_active():
+        counter = tensor.detach()  # nobody sees it
+        _set_data(counter, _EMPTY)
+        return counter
     with _torch.hidden():
         counter = tensor.detach()
         _set_data(counter, _EMPTY)

@@ -98,6 +98,11 @@ no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_Dis
 no_transforms: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableFuncTorch", nullcontext)
 
 
+def any_mode_active() -> bool:
+    """Whether a user's mode would see what is done with tensors now."""
+    return function_mode_active() or dispatch_mode_depth() > 0
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
     """Do something with tensors of real memory that no user's mode, no subclass and no transform sees."""
