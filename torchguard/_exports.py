@@ -122,6 +122,11 @@ class Shared:
         #: Proofs of saves of the same elements are one copy as long as the bytes are the same.
         self.proofs: dict[tuple[Any, ...], ref[torch.Tensor]] = {}
 
+    def drop(self, export: Export) -> None:
+        """Forget an export that has died."""
+        with contextlib.suppress(ValueError):  # another thread was faster
+            self.exports.remove(export)
+
 
 class Exports:
     """The storages that code outside torch can, or could, write to."""
@@ -139,7 +144,9 @@ class Exports:
     def _export_died(self, hold: Any) -> None:
         shared = self.by_storage.get(hold.storage)
         if shared is not None:
-            shared.exports = [export for export in shared.exports if export.hold is not hold]
+            for export in list(shared.exports):
+                if export.hold is hold:
+                    shared.drop(export)
             if shared.saves:
                 self.dead.append(hold.storage)
 
@@ -169,6 +176,10 @@ class Exports:
             with contextlib.suppress(TypeError):  # a bytearray, say, knows no weak references
                 hold = _Hold(handle, shared.hold.storage, None if source else self._export_died)
         export = Export(instruction, span, hold, source)
+        if hold is None:
+            for other in shared.exports:
+                if other.hold is None and (other.span is None or other.span == span):
+                    return other  # nothing new
         shared.exports.append(export)
         return export
 
@@ -194,7 +205,7 @@ class Exports:
         reaching = []
         for export in list(shared.exports):
             if not export.alive:
-                shared.exports = [other for other in shared.exports if other is not export]
+                shared.drop(export)
             elif export.reaches(span):
                 reaching.append(export)
         if reaching:

@@ -135,7 +135,7 @@ class Save:
             if at_most is not None and tensor.numel() * tensor.element_size() > at_most:
                 return
             remarks.lent = False
-            if remarks.proof is None and _memory.span_of(tensor) is not None:
+            if remarks.proof is None and _memory.span_of(tensor) is not None and _memory.readable(tensor):
                 remarks.proof = tensor.detach().clone()
 
     def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:

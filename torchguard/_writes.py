@@ -24,8 +24,18 @@ from torchguard._saves import LEDGER, Save, extent_of, is_foreign
 from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer, all_tensors, substituted
 
-#: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
-_TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
+#: These perturb their inputs through ``.data`` and put them back, or free storages and fill them again: the bytes
+#: decide at the read.
+_TRUSTED_FILES = tuple(
+    path.replace("/", separator)
+    for separator in "/\\"
+    for path in (
+        "torch/autograd/gradcheck.py",
+        "torch/distributed/fsdp/_fully_shard/_fsdp_param.py",
+        "torch/distributed/_composable/fsdp/_fsdp_param.py",
+        "torch/distributed/fsdp/_flat_param.py",
+    )
+)
 
 
 class _Done(Exception):
