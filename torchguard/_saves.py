@@ -259,7 +259,7 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
     exports = EXPORTS.by_storage
     dead_exports = EXPORTS.dead
     references = sys.getrefcount
-    fresh = FRESH
+    fresh_and_saved = FRESH + 1
     first = next_number()
     own_nodes = OWN_NODES
     new = Save.__new__
@@ -311,14 +311,13 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
             save.output = 0
             save.tensor = tensor
             base = tensor._base
+            if base is not None:
+                grad_fn = base.grad_fn
             if grad_fn is None:
-                may_be_older = base is not None or references(tensor) > fresh
+                may_be_older = base is not None or references(tensor) > fresh_and_saved
             else:
                 # Written in place, the node is younger than the memory.
-                may_be_older = save.version > 0 or base is not None or made < first or type(grad_fn) not in own_nodes
-                if may_be_older and base is not None and not save.version:
-                    grad_fn = base.grad_fn
-                    may_be_older = grad_fn is None or grad_fn._sequence_nr() < first or type(grad_fn) not in own_nodes
+                may_be_older = save.version > 0 or grad_fn._sequence_nr() < first or type(grad_fn) not in own_nodes
         latest = young.get(storage)
         if latest is not None and latest[0]() is None:
             young.pop(storage, None)  # a temporary of the last step
