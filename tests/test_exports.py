@@ -413,7 +413,7 @@ def _result(call: Callable[[], Any]) -> Any:
             result.requires_grad,
             storage.resizable(),
             storage.nbytes(),
-            result.resolve_conj().resolve_neg().detach().tolist(),
+            str(result.detach()),
         )
     return type(result)
 
