@@ -16,11 +16,12 @@ PACKAGE = Path(torchguard.__file__).parent
 #: module uses any more is to be taken out.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_violation", "guard"},
+    "_counterless": set(),
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_findings": {"_torch", "_violation"},
     "_hooks": {"_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves", "_torch",
+        "_aliases", "_hooks", "_memory", "_places", "_policy", "_preserved", "_reads", "_refusal", "_saves", "_torch",
         "_writers", "_writes",
     },
     "_ledger": set(),
@@ -29,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_overlap": {"_model"},
     "_places": {"_model"},
     "_policy": {"_violation"},
+    "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
     "_reads": {
         "_aliases", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_verdict", "_violation",
     },
@@ -37,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_torch": set(),
     "_verdict": {"_memory", "_places", "_policy", "_saves", "_violation"},
     "_violation": {"_model"},
-    "_writers": {"_torch"},
+    "_writers": {"_counterless", "_torch"},
     "_writes": {
         "_aliases", "_memory", "_overlap", "_places", "_saves", "_torch", "_verdict", "_violation", "_writers",
     },

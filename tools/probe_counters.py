@@ -394,7 +394,9 @@ def operators() -> dict[str, tuple[Any, Any]]:
     return dict(sorted(found.items()))
 
 
-_OPERATORS = ["add", "sub", "mul", "matmul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
+_OPERATORS = [
+    "add", "sub", "mul", "matmul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift",
+]  # fmt: skip
 IN_PLACE_OPERATORS = {f"__i{name}__" for name in _OPERATORS} | {"__setitem__"}
 
 SPACES: dict[str, Any] = {
@@ -428,10 +430,10 @@ def callables() -> dict[str, Callable[..., Any]]:
 
 
 #: These change what a tensor is, or where its memory lies, and write none.
-METADATA = frozenset(
-    ["as_strided_", "detach_", "rename_", "requires_grad_", "resize_", "resize_as_", "_resize_output_", "set_", "share_memory_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_", "set_data"]
-)
-)
+METADATA = {
+    "as_strided_", "detach_", "rename_", "requires_grad_", "resize_", "resize_as_", "_resize_output_", "set_",
+    "set_data", "share_memory_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_",
+}  # fmt: skip
 
 
 # ---- one measurement -----------------------------------------------------------------------------------------------
@@ -473,7 +475,7 @@ def _label_of(name: str, schema: Any, position: int) -> str:
 def try_calls(
     function: Callable[..., Any], calls: Iterable[Call], label: Callable[[int], str], marked: set[str]
 ) -> dict[str, str] | str:
-    """What the first call does that writes to all that the schema marks; else what the best one does; else the reason."""
+    """What the first call does that writes to all that the schema marks; else what the best does; else the reason."""
     best: dict[str, str] = {}
     reason = "no call writes anything but what it returns"
     for args, kwargs in calls:

@@ -21,7 +21,7 @@ import torch
 import wrapt
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _hooks, _memory, _places, _policy, _refusal, _torch, _writers, _writes
+from torchguard import _hooks, _memory, _places, _policy, _preserved, _refusal, _torch, _writers, _writes
 from torchguard._aliases import ALIASES
 from torchguard._reads import DETACHED
 from torchguard._saves import LEDGER, is_foreign
@@ -41,7 +41,10 @@ class Override(TorchFunctionMode):
         writer = _writer_of(func, kwargs)
         if writer is None:
             return func(*args, **kwargs)
-        return _writes.carry_out(writer, func, args, kwargs)
+        result = _writes.carry_out(writer, func, args, kwargs)
+        if writer.keeps_statistics and _policy.state.every_call:
+            _writes.prove(writer.targets(args, kwargs))
+        return result
 
 
 _operators: dict[Any, Writer | None] = {}
@@ -166,6 +169,42 @@ def _route_function(function: Any) -> Callable[..., Any]:
 
     def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not any_alive() or (state.every_call and mode_active()):
+            return wrapped(*args, **kwargs)
+        return judge(function, (), args, kwargs)
+
+    return route
+
+
+def _route_statistics(function: Any, writer: Writer) -> Callable[..., Any]:
+    """The route from a function that keeps running statistics: most calls write to none that is saved."""
+    judge = _override.__torch_function__
+    state = _policy.state
+    mode_active = _torch.function_mode_active
+    any_alive = LEDGER.any_alive
+    groups = LEDGER.groups
+    plain = _memory.PLAIN_TYPES
+    storage_id = _torch.storage_id
+    written = writer.written
+
+    def touches_a_save(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        for position, keyword in written:
+            value = args[position] if position < len(args) else kwargs.get(keyword)
+            if value is None:
+                continue
+            if type(value) not in plain or LEDGER.foreign:
+                return True
+            try:
+                if storage_id(value) in groups or is_foreign(value):
+                    return True
+            except _memory.NO_MEMORY:
+                return True
+        return False
+
+    def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if state.every_call:
+            if mode_active():
+                return wrapped(*args, **kwargs)
+        elif not any_alive() or not touches_a_save(args, kwargs):
             return wrapped(*args, **kwargs)
         return judge(function, (), args, kwargs)
 
@@ -322,7 +361,8 @@ def _prepare() -> list[_Patch]:
             WRITERS[function] = writer
             wrapper = wrappers.get(id(function))
             if wrapper is None:
-                wrapper = _Routed(function, route_to(function))
+                route = _route_statistics(function, writer) if writer.keeps_statistics else route_to(function)
+                wrapper = _Routed(function, route)
                 wrappers[id(function)] = wrapper
             if owner is nn_functions:
                 setattr(owner, name, wrapper)
@@ -338,6 +378,16 @@ def _prepare() -> list[_Patch]:
         _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")
     ]
+    block = _torch.PRESERVING_BLOCK
+    if block is not None:
+        patches += [
+            _Patch(block, name, wrapt.FunctionWrapper(vars(block)[name], route))
+            for name, route in (
+                ("__init__", _preserved.begin),
+                ("__enter__", _preserved.begin),
+                ("__exit__", _preserved.end),
+            )
+        ]
     module, off, on = _torch.HOOK_SWITCHES
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):

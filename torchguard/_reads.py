@@ -26,6 +26,7 @@ class _Collector(threading.local):
     """Which saves were read in this thread, while somebody wants to know."""
 
     saves: list[Save] | None = None
+    asking = False  # which saves they are, and not whether they are intact
 
 
 collector = _Collector()
@@ -60,6 +61,8 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     def unpack(save: Save) -> torch.Tensor:
         if collector.saves is not None:
             collector.saves.append(save)
+            if collector.asking:
+                return save.tensor
         tensor = save.tensor
         if (
             save.remarks is not None
@@ -100,7 +103,28 @@ def _examine(save: Save) -> None:
     if remarks.proof is not None and _memory.same_bytes(tensor, remarks.proof):
         remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
         return
+    if _unused(save):
+        return
     _report(save, rebound)
+
+
+def _unused(save: Save) -> bool:
+    """Whether what reads takes the save out and does nothing with it.
+
+    The node is asked for the tensors of which that is known; its answer comes by way of the unpack hook, which sees
+    the saves themselves.
+    """
+    outer = collector.saves
+    found: list[Save] = []
+    collector.saves = found
+    collector.asking = True
+    try:
+        for read in _torch.unused_by_reader():
+            read()
+    finally:
+        collector.saves = outer
+        collector.asking = False
+    return any(other is save for other in found)
 
 
 def _report(save: Save, rebound: bool) -> None:

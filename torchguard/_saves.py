@@ -122,6 +122,12 @@ class Save:
         remarks.compare = True
         remarks.writer = (kind, operation, here)
 
+    @property
+    def intact(self) -> bool:
+        """Whether the bytes are those of the proof; without one nobody can tell, and it passes for intact."""
+        proof = None if self.remarks is None else self.remarks.proof
+        return proof is None or _memory.same_bytes(self.tensor, proof)
+
     def accept(self) -> None:
         """What has happened to the save so far has been answered: what is there now is what backward is to find."""
         if self.node is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -215,6 +216,30 @@ def reading_node() -> str | None:
     """Name of the node that backward runs in this thread right now."""
     current = getattr(_C, "_current_autograd_node", lambda: None)()
     return None if current is None else str(current.name())
+
+
+#: What a node of batch normalisation saves and, in training mode, does not use.
+_RUNNING_STATISTICS = ("_saved_running_mean", "_saved_running_var")
+
+
+def unused_by_reader() -> Iterator[Callable[[], Any]]:
+    """Reads, for each tensor that the node which backward runs now has saved, takes out and does not use.
+
+    In training mode the backward of batch normalisation stands on the statistics of the batch; the running ones are
+    saved for evaluation mode alone, and taken out in both.
+    """
+    node = getattr(_C, "_current_autograd_node", lambda: None)()
+    if node is None:
+        return
+    training = getattr(node, "_saved_training", getattr(node, "_saved_train", None))
+    if training or type(node).__name__.startswith("BatchNormWithUpdateBackward"):
+        for name in _RUNNING_STATISTICS:
+            if hasattr(type(node), name):
+                yield partial(getattr, node, name)
+
+
+#: The block that puts version counters back.
+PRESERVING_BLOCK: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
 
 
 def node_class_of(function: Any) -> Any:

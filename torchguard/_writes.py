@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -51,6 +52,11 @@ def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
     return saves
 
 
+#: For each block that will put version counters back: the storages that it is about.
+preserving: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+PRESERVES = "_unsafe_preserve_version_counter()"
+
+
 def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Judge a call that writes, and make it.
 
@@ -63,6 +69,16 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     hits: list[_Hit] = []
     with _torch.no_torch_function():
         _look(writer, args, kwargs, watched, hits)
+    if hits and writer.keeps_statistics:
+        proven = [_Proven(hit.save) for hit in hits]
+        hits.clear()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            here = _places.user_instruction(sys._getframe(1))
+            for one in proven:
+                one.put_down_to(writer.title, here)
+            proven.clear()
     if hits:
         error = _judge(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
@@ -86,6 +102,39 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
         hits.clear()
 
 
+def prove(tensors: Sequence[torch.Tensor]) -> None:
+    """Keep copies of what is saved in the memory of these tensors: the bytes decide, whoever writes."""
+    for tensor in tensors:
+        storage = _memory.storage_of(tensor)
+        for save in saves_near(tensor, storage) if storage else ():
+            if save.remarks is None or not save.remarks.compare:
+                save.keep_proof()
+                save.remark().compare = True
+
+
+class _Proven:
+    """A save of which a copy is kept while something runs that may change it."""
+
+    def __init__(self, save: Save) -> None:
+        self.save = save
+        remarks = save.remark()
+        self.was_compared = remarks.compare
+        self.had_proof = remarks.proof is not None
+        save.keep_proof()
+        self.was_intact = save.intact
+
+    def put_down_to(self, operation: str, here: _places.Instruction) -> None:
+        """It has run. What it changed, the bytes decide at the read; otherwise the copy goes."""
+        remarks = self.save.remark()
+        if not self.was_intact:
+            return  # by another writer
+        if not self.save.intact:
+            remarks.compare = True
+            remarks.writer = ("uncounted", operation, here)
+        elif not self.had_proof:
+            remarks.proof = None
+
+
 def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watched: list[int], hits: list[_Hit]) -> None:
     """Find the storages whose aliases' counters will move, and the saves that a silent write would hit."""
     for target in writer.targets(args, kwargs):
@@ -99,14 +148,25 @@ def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watche
             ALIASES.sync(storage, saves)
             watched.append(storage)
         counted = writer.counts(target, args, kwargs)
-        hits += [_Hit(save, target, counted) for save in saves if _is_silent(writer, counted, target, save)]
+        preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
+        for save in saves:
+            if _is_silent(writer, counted, target, save):
+                hits.append(_Hit(save, target, counted))
+            elif preserved and _is_silent(writer, False, target, save):
+                # The version moves, and will be put back.
+                here = _places.user_instruction(sys._getframe(2))
+                save.let_bytes_decide("uncounted", f"{writer.title} under {PRESERVES}", here)
 
 
 def _is_silent(writer: Writer, counted: bool, target: torch.Tensor, save: Save) -> bool:
     """Whether the call may write to the save's memory without moving the save's version."""
     if save.moved:
         return False  # PyTorch refuses this save already
-    if target.requires_grad and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled())):
+    if (
+        target.requires_grad
+        and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled()))
+        and not writer.keeps_statistics
+    ):
         return False  # PyTorch refuses the call
     there = _memory.span_of(target)
     here = _memory.span_of(save.tensor)
