@@ -21,6 +21,7 @@ NAMESPACES: dict[str, Any] = {
     "torch._VF": torch._VF,
     "torch._C._autograd": torch._C._autograd,
     "BackwardCFunction": torch.autograd.function.BackwardCFunction,
+    "_unsafe_preserve_version_counter": torch.autograd._unsafe_preserve_version_counter,
     "threading.Thread": threading.Thread,
     "the table of TorchScript's builtins": None,
 }

@@ -626,6 +626,7 @@ _NAMESPACES = (
     torch._VF,
     torch._C._autograd,
     torch._C._TensorBase,
+    torch.autograd._unsafe_preserve_version_counter,
 )
 
 
