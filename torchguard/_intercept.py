@@ -42,7 +42,8 @@ class Override(TorchFunctionMode):
         if writer is None:
             return func(*args, **kwargs)
         result = _writes.carry_out(writer, func, args, kwargs)
-        if writer.keeps_statistics and _policy.state.every_call:
+        if writer.keeps_statistics and _policy.state.every_call and _torch.evaluates(result):
+            # What backward will use of them: by this mode's promise it is caught whoever writes, TorchScript, say.
             _writes.prove(writer.targets(args, kwargs))
         return result
 
@@ -180,8 +181,11 @@ def _route_statistics(function: Any, writer: Writer) -> Callable[..., Any]:
     judge = _override.__torch_function__
     state = _policy.state
     mode_active = _torch.function_mode_active
-    any_alive = LEDGER.any_alive
+    pending = LEDGER.pending
+    filing = LEDGER.filing
+    file = LEDGER.file
     groups = LEDGER.groups
+    foreign = LEDGER.foreign
     plain = _memory.PLAIN_TYPES
     storage_id = _torch.storage_id
     written = writer.written
@@ -191,7 +195,7 @@ def _route_statistics(function: Any, writer: Writer) -> Callable[..., Any]:
             value = args[position] if position < len(args) else kwargs.get(keyword)
             if value is None:
                 continue
-            if type(value) not in plain or LEDGER.foreign:
+            if type(value) not in plain or foreign:
                 return True
             try:
                 if storage_id(value) in groups or is_foreign(value):
@@ -204,9 +208,12 @@ def _route_statistics(function: Any, writer: Writer) -> Callable[..., Any]:
         if state.every_call:
             if mode_active():
                 return wrapped(*args, **kwargs)
-        elif not any_alive() or not touches_a_save(args, kwargs):
-            return wrapped(*args, **kwargs)
-        return judge(function, (), args, kwargs)
+            return judge(function, (), args, kwargs)
+        if pending or filing:
+            file()
+        if groups and touches_a_save(args, kwargs):
+            return judge(function, (), args, kwargs)
+        return wrapped(*args, **kwargs)
 
     return route
 

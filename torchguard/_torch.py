@@ -238,6 +238,12 @@ def unused_by_reader() -> Iterator[Callable[[], Any]]:
                 yield partial(getattr, node, name)
 
 
+def evaluates(result: Any) -> bool:
+    """Whether this is what batch normalisation returned in evaluation mode, with a graph."""
+    first = result[0] if isinstance(result, (list, tuple)) and result else result
+    return getattr(getattr(first, "grad_fn", None), "_saved_training", None) is False
+
+
 #: The block that puts version counters back.
 PRESERVING_BLOCK: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
 

@@ -194,8 +194,8 @@ def writer_of(name: str) -> Writer | None:
     written = dict(_counterless.UNMARKED.get(name, ()))
     draws = name in _DRAW
     for schema in _torch.schemas_of(name):
-        if not (schema.is_mutable or in_place):
-            continue
+        if not in_place and (not schema.is_mutable or schema.overload_name.endswith("out")):
+            continue  # an ``out`` is told by its keyword (OUT)
         for position, argument in enumerate(schema.arguments):
             info = argument.alias_info
             if info is not None and info.is_write and "Tensor" in str(argument.type) and not argument.kwarg_only:
