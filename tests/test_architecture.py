@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_violation": {"_model"},
     "_writers": {"_counterless", "_torch"},
     "_writes": {
-        "_aliases", "_memory", "_overlap", "_places", "_saves", "_torch", "_verdict", "_violation", "_writers",
+        "_aliases", "_memory", "_overlap", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation", "_writers",
     },
     "guard": {"_findings", "_hooks", "_intercept", "_policy", "_reads", "_violation"},
 }  # fmt: skip

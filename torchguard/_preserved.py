@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, ref
 from torchguard import _memory, _places
 from torchguard._aliases import ALIASES
 from torchguard._saves import Save
-from torchguard._writes import PRESERVES, preserving, saves_near
+from torchguard._writes import PRESERVES, allow_if_intended, preserving, saves_near
 
 #: FSDP2 frees memory that is saved and fills it again, in such a block, before backward reads it: what is there on
 #: entering is nothing that anybody saved.
@@ -61,6 +61,10 @@ def end(original: Any, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
             ALIASES.settle(storage)
         for item in _copied.pop(block, []):
             save = item()
-            if save is not None and save.remarks is not None and save.intact:
+            if save is None or save.remarks is None:
+                continue
+            if save.intact:
                 save.remarks.compare = False
                 save.remarks.proof = save.remarks.writer = None
+            else:
+                allow_if_intended(save)

@@ -142,20 +142,10 @@ def _report(save: Save, rebound: bool) -> None:
         aliased=None if suspect is None else suspect.instruction,
         written=written,
         read=read,
-        elements=_changed_elements(save),
+        elements=save.changed_elements,
         caught="read",
     )
     save.accept()  # nothing was raised: a later write is another violation
-
-
-def _changed_elements(save: Save) -> int:
-    """How many elements differ from the proof; all of them where there is none."""
-    tensor, proof = save.tensor, None if save.remarks is None else save.remarks.proof
-    if proof is None or proof.shape != tensor.shape or not tensor.numel():
-        return tensor.numel()
-    with _torch.hidden():
-        changed = _memory.as_bytes(proof.contiguous()) != _memory.as_bytes(tensor.contiguous())
-        return int(changed.view(-1, tensor.element_size()).any(-1).sum())
 
 
 def look_for_unseen_writes(leaving: bool = False) -> None:

@@ -128,6 +128,16 @@ class Save:
         proof = None if self.remarks is None else self.remarks.proof
         return proof is None or _memory.same_bytes(self.tensor, proof)
 
+    @property
+    def changed_elements(self) -> int:
+        """How many elements differ from the proof; all of them where there is none."""
+        tensor, proof = self.tensor, None if self.remarks is None else self.remarks.proof
+        if proof is None or proof.shape != tensor.shape or not tensor.numel():
+            return tensor.numel()
+        with _torch.hidden():
+            changed = _memory.as_bytes(proof.contiguous()) != _memory.as_bytes(tensor.contiguous())
+            return int(changed.view(-1, tensor.element_size()).any(-1).sum())
+
     def accept(self) -> None:
         """What has happened to the save so far has been answered: what is there now is what backward is to find."""
         if self.node is None:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from torchguard import _memory, _places, _torch, _verdict
+from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._overlap import overlaps
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
@@ -112,6 +112,16 @@ def prove(tensors: Sequence[torch.Tensor]) -> None:
                 save.remark().compare = True
 
 
+def allow_if_intended(save: Save) -> None:
+    """In an ``allow`` block, what a writer has done that the bytes would judge is allowed now."""
+    writer = None if save.remarks is None else save.remarks.writer
+    if _policy.state.reasons and writer is not None:
+        kind, operation, here = writer
+        elements = save.changed_elements
+        _verdict.pronounce(save, kind, operation, aliased=None, written=here, elements=elements, caught="write")
+        save.accept()
+
+
 class _Proven:
     """A save of which a copy is kept while something runs that may change it."""
 
@@ -131,6 +141,7 @@ class _Proven:
         if not self.save.intact:
             remarks.compare = True
             remarks.writer = ("uncounted", operation, here)
+            allow_if_intended(self.save)
         elif not self.had_proof:
             remarks.proof = None
 

@@ -368,7 +368,17 @@ def one_mode_of_one_discriminator(run: Run) -> Any:
     return [x.grad]
 
 
-@program(route=STATISTICS, kind="innocent", twin_of=("two_modes_of_one_discriminator",), truth="cloned saves")
+@program(
+    route=STATISTICS,
+    kind="innocent",
+    twin_of=(
+        "two_modes_of_one_discriminator",
+        "statistics_of_a_batch_allowed",
+        "statistics_of_another_batch_allowed",
+        "preserved_and_allowed",
+    ),
+    truth="cloned saves",
+)
 def one_discriminator_at_a_time(run: Run) -> Any:
     critic = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LeakyReLU(0.2))
     x = run.leaf()
@@ -388,6 +398,33 @@ def statistics_allowed(run: Run) -> Any:
     out = bn(x)
     with torchguard.allow("the statistics are reset on purpose"):
         run.write(lambda: bn.running_var.data.zero_())
+    out.square().sum().backward()
+    return [x.grad]
+
+
+@program(route=STATISTICS, kind="corrupting", allowed=True)
+def statistics_of_a_batch_allowed(run: Run) -> Any:
+    import torchguard
+
+    bn = nn.BatchNorm1d(4).eval()
+    x = run.leaf()
+    out = bn(x)
+    with torchguard.allow("the statistics are warmed up on purpose"):
+        run.write(lambda: bn.train()(torch.arange(12.0).reshape(3, 4)))
+    out.square().sum().backward()
+    return [x.grad]
+
+
+@program(route=STATISTICS, kind="corrupting", caught="read", every_call="read")
+def statistics_of_another_batch_allowed(run: Run) -> Any:
+    import torchguard
+
+    bn = nn.BatchNorm1d(4).eval()
+    x = run.leaf()
+    out = bn(x)  # saved
+    with torchguard.allow("nothing that is saved"):
+        nn.BatchNorm1d(4)(x)
+    run.write(lambda: bn.train()(torch.arange(12.0).reshape(3, 4)))
     out.square().sum().backward()
     return [x.grad]
 
@@ -653,6 +690,22 @@ def weight_updated_under_a_preserved_counter_in_time(run: Run) -> Any:
 
     run.write(write)
     return [x.grad]
+
+
+@program(route=PRESERVED, kind="corrupting", allowed=True)
+def preserved_and_allowed(run: Run) -> Any:
+    import torchguard
+
+    w, h = run.leaf(), run.leaf(requires_grad=False)
+    out = w * h
+
+    def write() -> None:
+        with torchguard.allow("a test"), _preserve(h):
+            h.zero_()
+
+    run.write(write)
+    out.sum().backward()
+    return [w.grad]
 
 
 @program(route=PRESERVED, kind="corrupting", caught="read", every_call="read")
