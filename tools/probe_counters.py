@@ -20,10 +20,10 @@ import argparse
 import inspect
 import itertools
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -466,7 +466,7 @@ def _bits(tensor: torch.Tensor) -> bytes:
     return bytes(flat.view(torch.uint8).tolist())
 
 
-def _label_of(name: str, schema: Any, position: int) -> str:
+def _label_of(schema: Any, position: int) -> str:
     if schema is not None and position < len(schema.arguments):
         return str(schema.arguments[position].name)
     return "self" if position == 0 else str(position)
@@ -526,7 +526,7 @@ def probe_operators() -> tuple[dict[str, dict[str, str]], dict[str, str]]:
             () if key in SPECIAL else general_calls(name),
         )
         marked = {str(argument.name) for argument in schema.arguments if _is_written(argument)}
-        result = try_calls(function, calls, lambda position, s=schema, n=name: _label_of(n, s, position), marked)
+        result = try_calls(function, calls, partial(_label_of, schema), marked)
         if isinstance(result, str):
             not_run[key] = result
         else:
@@ -551,7 +551,7 @@ def probe_callables() -> tuple[dict[str, dict[str, str]], dict[str, str]]:
             schema = max(schemas, key=lambda one: len(one.arguments), default=None)
             marked = {str(argument.name) for one in schemas for argument in one.arguments if _is_written(argument)}
             calls = [SPECIAL[name]()] if name in SPECIAL else general_calls(name)
-            result = try_calls(function, calls, lambda p, s=schema, n=name: _label_of(n, s, p), marked or {"self"})
+            result = try_calls(function, calls, partial(_label_of, schema), marked or {"self"})
             if isinstance(result, str):
                 not_run[key] = result
             else:
@@ -577,7 +577,7 @@ def _optimiser_programs() -> Iterator[tuple[str, Callable[[], Prepared]]]:
                 continue
             options = dict(special.get(name, {}))
             options |= {key: key == way for key in ("foreach", "fused") if key in parameters}
-            yield f"optim.{name} {way}", lambda kind=kind, options=options: _step(kind, options)
+            yield f"optim.{name} {way}", partial(_step, kind, options)
 
 
 def _step(kind: Any, options: dict[str, Any]) -> Prepared:
@@ -624,12 +624,8 @@ def _module_programs() -> Iterator[tuple[str, Callable[[], Prepared]]]:
             sizes = () if kind.startswith("Lazy") else (3,)
             options = {"track_running_stats": True}
             for train in (True, False):
-                yield (
-                    f"nn.{kind} {'train' if train else 'eval'}",
-                    lambda kind=kind, sizes=sizes, options=options, n=n, train=train: _module(
-                        lambda: getattr(nn, kind)(*sizes, **options), f(*images[n]), train=train
-                    ),
-                )
+                make = partial(getattr(nn, kind), *sizes, **options)
+                yield f"nn.{kind} {'train' if train else 'eval'}", partial(_module, make, f(*images[n]), train=train)
     yield "nn.BatchNorm1d momentum=None", lambda: _module(lambda: nn.BatchNorm1d(3, momentum=None), f(4, 3))
     yield "nn.BatchNorm1d momentum=0", lambda: _module(lambda: nn.BatchNorm1d(3, momentum=0.0), f(4, 3))
     yield "nn.SyncBatchNorm of one process", lambda: _module(lambda: nn.SyncBatchNorm(3), f(4, 3))
@@ -644,19 +640,14 @@ def _module_programs() -> Iterator[tuple[str, Callable[[], Prepared]]]:
         lambda: _module(lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), f(4, 3)),
     )
     for observer in ("MinMaxObserver", "MovingAverageMinMaxObserver", "PerChannelMinMaxObserver", "HistogramObserver"):
-        yield f"ao.{observer}", lambda observer=observer: _module(getattr(torch.ao.quantization, observer), f(4, 3))
+        yield f"ao.{observer}", partial(_module, getattr(torch.ao.quantization, observer), f(4, 3))
     for fake in ("FakeQuantize", "FusedMovingAvgObsFakeQuantize"):
-        yield f"ao.{fake}", lambda fake=fake: _module(getattr(torch.ao.quantization, fake), f(4, 3))
+        yield f"ao.{fake}", partial(_module, getattr(torch.ao.quantization, fake), f(4, 3))
 
 
 def _large(module: Any) -> Any:
-    """Renormalised anew by each call."""
-
-    def grow(module: Any, _: Any) -> None:
-        with torch._C._DisableAutograd() if hasattr(torch._C, "_DisableAutograd") else torch.no_grad():
-            module.weight.data = module.weight.data + 5
-
-    grow(module, None)
+    """With weights that are renormalised when they are looked up."""
+    module.weight.data.add_(5)
     return module
 
 
@@ -749,10 +740,10 @@ def probe_programs() -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     elif torch.distributed.is_initialized():
         not_run["distributed"] = "a process group is there already"
     else:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        distributed: Any = torch.distributed
         try:
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            store = distributed.HashStore()
+            distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         except (RuntimeError, ValueError) as error:
             not_run["distributed"] = str(error).strip().partition("\n")[0][:160]
         else:
