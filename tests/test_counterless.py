@@ -455,3 +455,17 @@ def test_training_is_the_same_bit_for_bit(every_call: bool) -> None:
 def test_what_keeps_statistics_is_known_by_name() -> None:
     functions = {function.__name__ for function, writer in _intercept.WRITERS.items() if writer.keeps_statistics}
     assert {"batch_norm", "native_batch_norm", "_native_batch_norm_legit", "batch_norm_update_stats"} <= functions
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiler_leaves_the_guards_own_code_alone(fresh_dynamo: None) -> None:
+    """Where a function mode breaks the graph, every frame below is offered to the compiler, the judgement among them."""
+    bn, x = nn.BatchNorm1d(4).eval(), leaf()
+    with torchguard.Guard("record", every_call=True) as guard:
+        out = bn(x)
+        compiled = torch.compile(bn.train(), backend="eager")
+        counters.clear()
+        compiled(BATCH)
+        out.sum().backward()
+    assert [violation.operation for violation in guard.violations] == ["batch_norm()"]
+    assert counters["stats"]["calls_captured"] <= 2

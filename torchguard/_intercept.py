@@ -408,6 +408,22 @@ def _prepare() -> list[_Patch]:
     return patches
 
 
+def _keep_from_the_compiler() -> None:
+    """What judges a call is no part of the program that torch.compile is to compile."""
+    codes = [
+        value.__code__
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == __package__
+        for owner in (module, *filter(inspect.isclass, vars(module).values()))
+        for value in vars(owner).values()
+        if inspect.isfunction(value) and value.__module__.partition(".")[0] == __package__
+    ]
+    while codes:
+        code = codes.pop()
+        _torch.skip_compiling(code)
+        codes += filter(inspect.iscode, code.co_consts)
+
+
 def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
     """The wrappers that TorchScript has to take for an operator, and the operator's name."""
     wrappers = {id(patch.replacement): patch.replacement for patch in patches}
@@ -437,6 +453,7 @@ def install() -> None:
     with _lock:
         if _installed == 0:
             if not _patches:
+                _keep_from_the_compiler()
                 prepared = _prepare()
                 _script_names.extend(_scripted(prepared))
                 _patches.extend(prepared)

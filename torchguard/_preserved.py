@@ -27,11 +27,11 @@ def begin(original: Any, block: Any, args: tuple[Any, ...], kwargs: dict[str, An
     """``__init__``, which takes down the versions, and ``__enter__``, for a block that was made before the guard."""
     result = original(*args, **kwargs)
     frame = sys._getframe(1)
-    if block in preserving or any(part in frame.f_code.co_filename for part in _REFILLS):
+    if any(part in frame.f_code.co_filename for part in _REFILLS):
         return result
     here = _places.user_instruction(frame)
     storages: set[int] = set()
-    copied: list[ref[Save]] = []
+    copied = _copied.setdefault(block, [])
     for tensor in block.tensors:
         storage = _memory.storage_of(tensor)
         if not storage or storage in storages:
@@ -45,7 +45,6 @@ def begin(original: Any, block: Any, args: tuple[Any, ...], kwargs: dict[str, An
                     copied.append(ref(save))
                 save.let_bytes_decide("uncounted", f"a write under {PRESERVES}", here)
     preserving[block] = frozenset(storages)
-    _copied[block] = copied
     return result
 
 

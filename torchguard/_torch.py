@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -193,6 +194,16 @@ def remove_script_name(wrapper: object) -> None:
     """Take back :func:`enter_script_name`."""
     builtins: Any = torch.jit._builtins
     builtins._get_builtin_table().pop(id(wrapper), None)
+
+
+def skip_compiling(code: CodeType) -> None:
+    """Have torch.compile run this code as it is: below a compiled frame it is offered every other one."""
+    eval_frame = getattr(getattr(_C, "_dynamo", None), "eval_frame", None)
+    if hasattr(eval_frame, "skip_code"):  # before 2.7
+        eval_frame.skip_code(code)
+    elif hasattr(eval_frame, "set_code_exec_strategy"):
+        action = eval_frame._FrameAction
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT))
 
 
 VF: Any = torch._VF
