@@ -198,7 +198,7 @@ def remove_script_name(wrapper: object) -> None:
 
 def skip_compiling(code: CodeType) -> None:
     """Have torch.compile run this code as it is: below a compiled frame it is offered every other one."""
-    eval_frame = getattr(getattr(_C, "_dynamo", None), "eval_frame", None)
+    eval_frame: Any = getattr(getattr(_C, "_dynamo", None), "eval_frame", object())
     if hasattr(eval_frame, "skip_code"):  # before 2.7
         eval_frame.skip_code(code)
     elif hasattr(eval_frame, "set_code_exec_strategy"):
