@@ -28,6 +28,7 @@ NAMESPACES: dict[str, Any] = {
     "the work of executors": concurrent.futures.thread._WorkItem,
     "ThreadPool": multiprocessing.pool.ThreadPool,
     "BackwardCFunction": torch.autograd.function.BackwardCFunction,
+    "_unsafe_preserve_version_counter": torch.autograd._unsafe_preserve_version_counter,
     "threading.Thread": threading.Thread,
     "torch.UntypedStorage": torch.UntypedStorage,
     "torch.utils.dlpack": torch.utils.dlpack,

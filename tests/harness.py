@@ -682,6 +682,7 @@ _NAMESPACES = (
     torch.UntypedStorage,
     torch.utils.dlpack,
     torch._C,
+    torch.autograd._unsafe_preserve_version_counter,
 )
 
 

@@ -16,6 +16,7 @@ PACKAGE = Path(torchguard.__file__).parent
 #: module uses any more is to be taken out.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_violation", "guard"},
+    "_counterless": set(),
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_compiled": {
         "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers", "_writes",
@@ -30,8 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
         "_aliases", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory", "_places", "_policy", "_pools",
-        "_reads",
-        "_refusal", "_saves", "_storages", "_torch", "_writers", "_writes",
+        "_preserved", "_reads", "_refusal", "_saves", "_storages", "_torch", "_writers", "_writes",
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
     "_ledger": set(),
@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_places": {"_model"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},
+    "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
     "_reads": {
         "_aliases", "_exports", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_verdict",
         "_violation",
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_torch": set(),
     "_verdict": {"_memory", "_places", "_policy", "_saves", "_torch", "_violation"},
     "_violation": {"_model"},
-    "_writers": {"_torch"},
+    "_writers": {"_counterless", "_torch"},
     "_writes": {
         "_aliases", "_memory", "_overlap", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation", "_writers",
     },

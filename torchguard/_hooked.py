@@ -31,7 +31,7 @@ import torch.utils.checkpoint
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
 from torchguard._overlap import overlaps
-from torchguard._reads import changed_elements, collector
+from torchguard._reads import collector
 from torchguard._saves import LEDGER, OWN_FILES, Save, extent_of, operation_of_node
 from torchguard._torch import Hooks
 from torchguard._violation import Kind
@@ -493,7 +493,7 @@ def _report(save: HookedSave) -> None:
             aliased=None if suspect is None else suspect.instruction,
             written=written,
             read=read,
-            elements=changed_elements(save),
+            elements=save.changed_elements,
             caught="read",
         )
     finally:

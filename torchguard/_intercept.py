@@ -31,6 +31,7 @@ from torchguard import (
     _places,
     _policy,
     _pools,
+    _preserved,
     _refusal,
     _storages,
     _torch,
@@ -59,7 +60,11 @@ class Override(TorchFunctionMode):
         writer = _writer_of(func, kwargs)
         if writer is None:
             return func(*args, **kwargs)
-        return _writes.carry_out(writer, func, args, kwargs)
+        result = _writes.carry_out(writer, func, args, kwargs)
+        if writer.keeps_statistics and _policy.state.every_call and _torch.evaluates(result):
+            # What backward will use of them: by this mode's promise it is caught whoever writes, TorchScript, say.
+            _writes.prove(writer.targets(args, kwargs))
+        return result
 
 
 _operators: dict[Any, Writer | None] = {}
@@ -187,6 +192,48 @@ def _route_function(function: Any) -> Callable[..., Any]:
         if not any_alive() or (state.every_call and mode_active()):
             return wrapped(*args, **kwargs)
         return judge(function, (), args, kwargs)
+
+    return route
+
+
+def _route_statistics(function: Any, writer: Writer) -> Callable[..., Any]:
+    """The route from a function that keeps running statistics: most calls write to none that is saved."""
+    judge = _override.__torch_function__
+    state = _policy.state
+    mode_active = _torch.function_mode_active
+    pending = LEDGER.pending
+    filing = LEDGER.filing
+    file = LEDGER.file
+    groups = LEDGER.groups
+    foreign = LEDGER.foreign
+    plain = _memory.PLAIN_TYPES
+    storage_id = _torch.storage_id
+    written = writer.written
+
+    def touches_a_save(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        for position, keyword in written:
+            value = args[position] if position < len(args) else kwargs.get(keyword)
+            if value is None:
+                continue
+            if type(value) not in plain or foreign:
+                return True
+            try:
+                if storage_id(value) in groups or is_foreign(value):
+                    return True
+            except _memory.NO_MEMORY:
+                return True
+        return False
+
+    def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if state.every_call:
+            if mode_active():
+                return wrapped(*args, **kwargs)
+            return judge(function, (), args, kwargs)
+        if pending or filing:
+            file()
+        if groups and touches_a_save(args, kwargs):
+            return judge(function, (), args, kwargs)
+        return wrapped(*args, **kwargs)
 
     return route
 
@@ -365,7 +412,8 @@ def _prepare() -> list[_Patch]:
             WRITERS[function] = writer
             wrapper = wrappers.get(id(function))
             if wrapper is None:
-                wrapper = _Routed(function, route_to(function))
+                route = _route_statistics(function, writer) if writer.keeps_statistics else route_to(function)
+                wrapper = _Routed(function, route)
                 wrappers[id(function)] = wrapper
             if owner is nn_functions:
                 setattr(owner, name, wrapper)
@@ -382,6 +430,16 @@ def _prepare() -> list[_Patch]:
         for name in ("real", "imag")
     ]
     patches += _storage_patches() + _interchange_patches()
+    block = _torch.PRESERVING_BLOCK
+    if block is not None:
+        patches += [
+            _Patch(block, name, wrapt.FunctionWrapper(vars(block)[name], route))
+            for name, route in (
+                ("__init__", _preserved.begin),
+                ("__enter__", _preserved.begin),
+                ("__exit__", _preserved.end),
+            )
+        ]
     module, off, on = _torch.HOOK_SWITCHES
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):
@@ -445,6 +503,22 @@ def _interchange_patches() -> list[_Patch]:
     return [*patches, _Patch(torch.Tensor, "__cuda_array_interface__", _Attribute(interface, get))]
 
 
+def _keep_from_the_compiler() -> None:
+    """What judges a call is no part of the program that torch.compile is to compile."""
+    codes = [
+        value.__code__
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == __package__
+        for owner in (module, *filter(inspect.isclass, vars(module).values()))
+        for value in vars(owner).values()
+        if inspect.isfunction(value) and value.__module__.partition(".")[0] == __package__
+    ]
+    while codes:
+        code = codes.pop()
+        _torch.skip_compiling(code)
+        codes += filter(inspect.iscode, code.co_consts)
+
+
 def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
     """The wrappers that TorchScript has to take for an operator, and the operator's name."""
     wrappers = {id(patch.replacement): patch.replacement for patch in patches}
@@ -475,6 +549,7 @@ def install() -> None:
     with _lock:
         if _installed == 0:
             if not _patches:
+                _keep_from_the_compiler()
                 prepared = _prepare()
                 _script_names.extend(_scripted(prepared))
                 _patches.extend(prepared)

@@ -107,23 +107,31 @@ def _examine(save: Save) -> None:
     seen = rebound or remarks.compare or remarks.suspect is not None
     if not seen and (not remarks.exports or remarks.proof is None):
         return
-    if _is_intact(save):
+    if save.is_proven:
         remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
         return
-    if not seen and _is_ignored(save):
+    if _unused(save):
         return
     _report(save, "rebind" if rebound else "unseen" if seen else "exported")
 
 
-def _is_ignored(save: Save) -> bool:
-    """Whether the node that reads the save makes no use of it."""
+def _unused(save: Save) -> bool:
+    """Whether what reads takes the save out and does nothing with it.
+
+    The node is asked for the tensors of which that is known; its answer comes by way of the unpack hook, which sees
+    the saves themselves.
+    """
     outer = collector.saves
-    collector.saves, collector.unjudged = [], True
+    found: list[Save] = []
+    collector.saves = found
+    collector.unjudged = True
     try:
-        _torch.unpack_what_reader_ignores()
-        return any(other is save for other in collector.saves)
+        for read in _torch.unused_by_reader():
+            read()
     finally:
-        collector.saves, collector.unjudged = outer, False
+        collector.saves = outer
+        collector.unjudged = False
+    return any(other is save for other in found)
 
 
 def _report(save: Save, kind: Kind) -> None:
@@ -142,20 +150,11 @@ def _report(save: Save, kind: Kind) -> None:
         aliased=None if alias is None else alias.instruction,
         written=written,
         read=read,
-        elements=changed_elements(save),
+        elements=save.changed_elements,
         caught="read",
     )
     remarks.spoilt = False
     save.accept()  # nothing was raised: a later write is another violation
-
-
-def changed_elements(save: Save) -> int:
-    """How many elements differ from the proof; all of them where there is none."""
-    tensor, proof = _torch.behind(save.tensor), None if save.remarks is None else save.remarks.proof
-    if proof is None or proof.shape != tensor.shape or not _memory.readable(tensor):
-        return tensor.numel()
-    with _torch.hidden():
-        return int(_memory.differing_elements(tensor, proof).sum())
 
 
 def _export_behind(save: Save) -> Export:
@@ -203,18 +202,12 @@ def _look_at_exports(leaving: bool) -> None:
     inside = leaving or bool(_policy.state.reasons)
     for save in list(EXPORTS.saves()):
         remarks = save.remark()
-        if remarks.spoilt or remarks.proof is None or save.moved or _is_intact(save):
+        if remarks.spoilt or remarks.proof is None or save.moved or save.is_proven:
             continue
         if inside:
             _examine(save)
         else:
             remarks.spoilt = True
-
-
-def _is_intact(save: Save) -> bool:
-    """Whether the save's bytes are those of which there is proof."""
-    proof = None if save.remarks is None else save.remarks.proof
-    return proof is not None and _memory.readable(save.tensor) and _memory.same_bytes(save.tensor, proof)
 
 
 def leave_to(guard: _policy.Respondent) -> None:
@@ -227,6 +220,6 @@ def leave_to(guard: _policy.Respondent) -> None:
         elif (
             remarks is not None
             and (remarks.suspect is not None or remarks.compare or (remarks.exports and remarks.proof is not None))
-            and not _is_intact(save)
+            and not save.is_proven
         ):
             remarks.guard = guard

@@ -152,6 +152,21 @@ class Save:
     def expect_version(self) -> None:
         """The version of a save that is not checked has moved by a write that was seen."""
 
+    @property
+    def is_proven(self) -> bool:
+        """Whether there is proof, and the bytes are those of it."""
+        proof = None if self.remarks is None else self.remarks.proof
+        return proof is not None and _memory.readable(self.tensor) and _memory.same_bytes(self.tensor, proof)
+
+    @property
+    def changed_elements(self) -> int:
+        """How many elements differ from the proof; all of them where there is none."""
+        tensor, proof = _torch.behind(self.tensor), None if self.remarks is None else self.remarks.proof
+        if proof is None or proof.shape != tensor.shape or not _memory.readable(tensor):
+            return tensor.numel()
+        with _torch.hidden():
+            return int(_memory.differing_elements(tensor, proof).sum())
+
     def follow(self) -> None:
         """The tensor that was saved may lie elsewhere now."""
         if self.node is None:

@@ -36,7 +36,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor | None:
 def writes(name: str) -> Route:
     """The route of a method that writes to the bytes of its storage."""
     title = {"__setitem__": "storage[i] = v", "_byteswap": "UntypedStorage.byteswap()"}
-    writer = Writer(title.get(name, f"UntypedStorage.{name}()"), moves_counter=False, on_storage=True)
+    writer = Writer(title.get(name, f"UntypedStorage.{name}()"), uncounted=frozenset({"self"}), on_storage=True)
 
     def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = _bytes_of(instance) if isinstance(instance, torch.UntypedStorage) and LEDGER.any_alive() else None
@@ -72,7 +72,7 @@ def resize(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
         LEDGER.moved(int(instance._cdata))
 
 
-_RESIZE = Writer("UntypedStorage.resize_()", moves_counter=False, on_storage=True)
+_RESIZE = Writer("UntypedStorage.resize_()", uncounted=frozenset({"self"}), on_storage=True)
 
 
 def enter_alias(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,6 +11,8 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -407,6 +409,16 @@ def has_unknown_operators(module: torch.fx.GraphModule) -> bool:
     return False
 
 
+def skip_compiling(code: CodeType) -> None:
+    """Have torch.compile run this code as it is: below a compiled frame it is offered every other one."""
+    eval_frame: Any = getattr(getattr(_C, "_dynamo", None), "eval_frame", object())
+    if hasattr(eval_frame, "skip_code"):  # before 2.7
+        eval_frame.skip_code(code)
+    elif hasattr(eval_frame, "set_code_exec_strategy"):
+        action = eval_frame._FrameAction
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT))
+
+
 VF: Any = torch._VF
 NN: Any = torch._C._nn
 VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
@@ -446,16 +458,34 @@ def reading_node() -> str | None:
     return None if current is None else str(current.name())
 
 
-def unpack_what_reader_ignores() -> None:
-    """Unpack the saves that the node which backward runs in this thread right now has and does not use.
+#: What a node of batch normalisation saves and, in training mode, does not use.
+_RUNNING_STATISTICS = ("_saved_running_mean", "_saved_running_var")
 
-    Batch normalisation saves its running statistics, writes to them itself in training, and then uses the
-    statistics of the batch.
+
+def unused_by_reader() -> Iterator[Callable[[], Any]]:
+    """Reads, for each tensor that the node which backward runs now has saved, takes out and does not use.
+
+    In training mode the backward of batch normalisation stands on the statistics of the batch; the running ones are
+    saved for evaluation mode alone, and taken out in both.
     """
     node = getattr(_C, "_current_autograd_node", lambda: None)()
-    if node is not None and "BatchNormBackward" in str(node.name()) and getattr(node, "_saved_training", False):
-        for name in ("_saved_running_mean", "_saved_running_var"):
-            getattr(node, name, None)
+    if node is None:
+        return
+    training = getattr(node, "_saved_training", getattr(node, "_saved_train", None))
+    if training or type(node).__name__.startswith("BatchNormWithUpdateBackward"):
+        for name in _RUNNING_STATISTICS:
+            if hasattr(type(node), name):
+                yield partial(getattr, node, name)
+
+
+def evaluates(result: Any) -> bool:
+    """Whether this is what batch normalisation returned in evaluation mode, with a graph."""
+    first = result[0] if isinstance(result, (list, tuple)) and result else result
+    return getattr(getattr(first, "grad_fn", None), "_saved_training", None) is False
+
+
+#: The block that puts version counters back.
+PRESERVING_BLOCK: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
 
 
 def node_class_of(function: Any) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -62,6 +63,11 @@ def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
     return saves
 
 
+#: For each block that will put version counters back: the storages that it is about.
+preserving: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+PRESERVES = "_unsafe_preserve_version_counter()"
+
+
 def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Judge a call that writes, and make it.
 
@@ -77,6 +83,16 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     seen: list[Save] = []
     with _torch.no_torch_function():
         _look(writer, args, kwargs, watched, hits, seen)
+    if hits and writer.keeps_statistics:
+        proven = [_Proven(hit.save) for hit in hits]
+        hits.clear()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            here = _places.user_instruction(sys._getframe(1))
+            for one in proven:
+                one.put_down_to(writer.title, here)
+            proven.clear()
     if hits:
         error = _judge(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
@@ -111,6 +127,50 @@ def _note_thread() -> None:
         _policy.note_unwatched(f"tensors saved in thread {name!r}, which was there before the guard (writes are seen)")
 
 
+def prove(tensors: Sequence[torch.Tensor]) -> None:
+    """Keep copies of what is saved in the memory of these tensors: the bytes decide, whoever writes."""
+    for tensor in tensors:
+        storage = _memory.storage_of(tensor)
+        for save in saves_near(tensor, storage) if storage else ():
+            if save.remarks is None or not save.remarks.compare:
+                save.keep_proof()
+                save.remark().compare = True
+
+
+def allow_if_intended(save: Save) -> None:
+    """In an ``allow`` block, what a writer has done that the bytes would judge is allowed now."""
+    writer = None if save.remarks is None else save.remarks.writer
+    if _policy.state.reasons and writer is not None:
+        kind, operation, here = writer
+        elements = save.changed_elements
+        _verdict.pronounce(save, kind, operation, aliased=None, written=here, elements=elements, caught="write")
+        save.accept()
+
+
+class _Proven:
+    """A save of which a copy is kept while something runs that may change it."""
+
+    def __init__(self, save: Save) -> None:
+        self.save = save
+        remarks = save.remark()
+        self.was_compared = remarks.compare
+        self.had_proof = remarks.proof is not None
+        save.keep_proof()
+        self.was_intact = save.is_proven
+
+    def put_down_to(self, operation: str, here: _places.Instruction) -> None:
+        """It has run. What it changed, the bytes decide at the read; otherwise the copy goes."""
+        remarks = self.save.remark()
+        if not self.was_intact:
+            return  # by another writer
+        if not self.save.is_proven:
+            remarks.compare = True
+            remarks.writer = ("uncounted", operation, here)
+            allow_if_intended(self.save)
+        elif not self.had_proof:
+            remarks.proof = None
+
+
 def _look(
     writer: Writer,
     args: Sequence[Any],
@@ -133,6 +193,7 @@ def _look(
             ALIASES.sync(storage, saves)
             watched.append(storage)
         counted = writer.counts(target, args, kwargs)
+        preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
         for save in saves:
             if not save.checked and not save.tracked:
                 seen.append(save)
@@ -141,6 +202,10 @@ def _look(
             silent = save.stashed or not (counted and save.shares_counter(target))
             if silent and save.certain:
                 hits.append(_Hit(save, target, counted))
+            elif preserved and save.checked:
+                # The version moves, and will be put back.
+                here = _places.user_instruction(sys._getframe(2))
+                save.let_bytes_decide("uncounted", f"{writer.title} under {PRESERVES}", here)
             elif not save.checked:
                 kind: Kind = "unchecked" if not silent else ("write" if counted else "uncounted")
                 save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
@@ -150,7 +215,11 @@ def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
     """Whether the call may write to the save's memory, and PyTorch refuses neither the call nor the save."""
     if save.moved and not save.stashed:
         return False  # PyTorch refuses this save already
-    if target.requires_grad and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled())):
+    if (
+        target.requires_grad
+        and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled()))
+        and not writer.keeps_statistics
+    ):
         return False  # PyTorch refuses the call
     there = _memory.span_of(target)
     here = _memory.span_of(save.tensor)

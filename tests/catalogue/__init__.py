@@ -9,6 +9,7 @@ from harness import PROGRAMS
 from catalogue import (
     aliases,
     compiled,
+    counterless,
     exports,
     functorch,
     graphs,
@@ -25,6 +26,7 @@ __all__ = [
     "PROGRAMS",
     "aliases",
     "compiled",
+    "counterless",
     "exports",
     "functorch",
     "graphs",
