@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import warnings
@@ -96,9 +97,11 @@ def test_warned_of_it_runs_to_the_same_bits(function: Callable[..., Any]) -> Non
 
 
 def test_a_rehearsal_leaves_nothing_behind() -> None:
+    gc.collect()
+    before = len(LEDGER)  # what other tests have left
     with torchguard.warn():
         run(programs._intermediate, "aot_eager", True)
-        assert len(LEDGER) == 0
+        assert len(LEDGER) == before
 
 
 @pytest.mark.parametrize("every_call", [False, True])
