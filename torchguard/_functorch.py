@@ -80,6 +80,9 @@ class Watch(TorchFunctionMode):
         since, now = self._since, _torch.next_sequence_number()
         if now != since and not _torch.tracing():
             self._since = now
+            if _torch.dispatch_mode_depth():  # registering hooks detaches, and the mode would see, or trace, that
+                _policy.note_unwatched("saves under a dispatch mode while save hooks are switched off (torch.func)")
+                return result
             # An in-place call may return nothing, and a custom Function's nodes lie behind what comes next.
             with _torch.no_torch_function():
                 _watch_nodes([result, args], since)
