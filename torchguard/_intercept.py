@@ -21,9 +21,10 @@ import torch
 import wrapt
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _hooks, _memory, _places, _policy, _refusal, _torch, _writers, _writes
+from torchguard import _hooks, _memory, _places, _policy, _recompute, _refusal, _torch, _writers, _writes
 from torchguard._aliases import ALIASES
 from torchguard._reads import DETACHED
+from torchguard._rereads import rereads_of
 from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
 
@@ -292,6 +293,8 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     held = []
     for tensor in _writers.tensors_in([*args, *kwargs.values()]):
         ALIASES.forget(tensor)
+        for entry in rereads_of(tensor):
+            entry.forget()
         held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor)]
     try:
         return wrapped(*args, **kwargs)
@@ -344,6 +347,13 @@ def _prepare() -> list[_Patch]:
             patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
     module, push = _torch.HOOK_PUSH
     patches.append(_Patch(module, push, wrapt.FunctionWrapper(getattr(module, push), _hooks.note_foreign_hooks)))
+    _recompute.writer_of = _writer_of
+    module, hook = _torch.CHECKPOINT_HOOK
+    if hasattr(module, hook):
+        patches.append(_Patch(module, hook, wrapt.FunctionWrapper(getattr(module, hook), _recompute.checkpoint_hook)))
+    function, forward = _torch.CHECKPOINT_FORWARD
+    routed = wrapt.FunctionWrapper(getattr(function, forward), _recompute.checkpoint_forward)
+    patches.append(_Patch(function, forward, staticmethod(routed)))
     backward = torch.autograd.function.BackwardCFunction
     patches.append(_Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
     start = threading.Thread.start

@@ -211,6 +211,15 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
         return bool(torch.equal(as_bytes(a.contiguous()), as_bytes(b.contiguous())))
 
 
+def changed_elements(tensor: torch.Tensor, proof: torch.Tensor | None) -> int:
+    """How many elements differ from the proof; all of them where there is none."""
+    if proof is None or proof.shape != tensor.shape or proof.dtype != tensor.dtype or not tensor.numel():
+        return tensor.numel()
+    with _torch.hidden():
+        changed = as_bytes(proof.contiguous()) != as_bytes(tensor.contiguous())
+        return int(changed.view(-1, tensor.element_size()).any(-1).sum())
+
+
 def describe(tensor: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and device of a tensor in the words of a report."""
     with _torch.no_torch_function():

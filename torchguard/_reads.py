@@ -15,6 +15,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
 from torchguard._aliases import ALIASES
+from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, Save
 from torchguard._violation import Kind
 
@@ -104,7 +105,7 @@ def _examine(save: Save) -> None:
 
 
 def _report(save: Save, rebound: bool) -> None:
-    remarks = save.remark()
+    remarks, tensor = save.remark(), save.tensor
     suspect = remarks.suspect
     read = _places.user_instruction(sys._getframe(1))
     kind: Kind = "rebind" if rebound else "unseen"
@@ -118,20 +119,10 @@ def _report(save: Save, rebound: bool) -> None:
         aliased=None if suspect is None else suspect.instruction,
         written=written,
         read=read,
-        elements=_changed_elements(save),
+        elements=_memory.changed_elements(tensor, remarks.proof),
         caught="read",
     )
     save.accept()  # nothing was raised: a later write is another violation
-
-
-def _changed_elements(save: Save) -> int:
-    """How many elements differ from the proof; all of them where there is none."""
-    tensor, proof = save.tensor, None if save.remarks is None else save.remarks.proof
-    if proof is None or proof.shape != tensor.shape or not tensor.numel():
-        return tensor.numel()
-    with _torch.hidden():
-        changed = _memory.as_bytes(proof.contiguous()) != _memory.as_bytes(tensor.contiguous())
-        return int(changed.view(-1, tensor.element_size()).any(-1).sum())
 
 
 def look_for_unseen_writes(leaving: bool = False) -> None:
@@ -143,6 +134,9 @@ def look_for_unseen_writes(leaving: bool = False) -> None:
         if leaving:
             for save in saves:
                 if save.remarks is not None and save.remarks.suspect is not None and id(save) not in before:
+                    if isinstance(save, Reread):
+                        save.allowed = _policy.state.reasons[-1]
+                        continue
                     _examine(save)  # inside the block, so it is recorded as allowed
 
 

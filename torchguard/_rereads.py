@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
 from weakref import ref
 
 import torch
@@ -31,31 +30,33 @@ class Reread(Save):
     """A tensor that a checkpoint's function read and did not make.
 
     Attributes:
-        needed: asked at a write: whether backward can still recompute.
-        read: whether something was computed from it, or it was only written to.
-        operation_seen, written: what wrote to it first, and where; ``""`` and None while nothing was seen to.
-        allowed: the reason, where that was inside an ``allow`` block.
-        late: there was a write before the bytes could be kept.
+        needed: whether backward can still recompute; asked at a write.
+        read: whether something was computed from it; otherwise it was only written to.
+        home: identity of its storage when it was read.
+        late: it may have been written to before its bytes could be kept.
+        allowed: the reason, where it was written to inside an ``allow`` block.
     """
 
-    __slots__ = ("_root", "allowed", "late", "needed", "operation_seen", "read", "written")
+    __slots__ = ("_root", "allowed", "home", "late", "needed", "read")
 
     def __init__(
         self, tensor: torch.Tensor, storage: int, instruction: _places.Instruction, needed: Callable[[], bool]
     ) -> None:
-        # The function that is checkpointed keeps what it reads alive: this must not.
+        # What the checkpointed function reads is kept alive by the function, and must not be by the guard.
         self._root: ref[torch.Tensor] | None = ref(tensor)
         self.code, self.offset = instruction if instruction is not None else (None, 0)
         self.inner_code, self.inner_offset = None, -1
         self.node, self.output = None, 0
-        self.storage = storage
+        self.storage = self.home = storage
+        self.version = _memory.version_of(tensor)
         self.remarks = None
         self.needed = needed
         self.read = False
-        self.accept()
+        self.late = False
+        self.allowed: str | None = None
         if storage in ALIASES.young or storage in ALIASES.by_storage:
             ALIASES.sync(storage)
-            if ALIASES.arm(storage):
+            if ALIASES.arm(storage, tensor):
                 self.keep_proof(PROOF_BYTES_AT_SAVE)
         LEDGER.add(self)
 
@@ -65,6 +66,10 @@ class Reread(Save):
         tensor = None if self._root is None else self._root()
         return _GONE if tensor is None else tensor
 
+    def forget(self) -> None:
+        """Watch the tensor no longer."""
+        self._root = None
+
     @property
     def moved(self) -> bool:
         """False: PyTorch refuses nothing here."""
@@ -72,91 +77,82 @@ class Reread(Save):
 
     @property
     def operation(self) -> str:
-        """What will read it again."""
+        """What reads it again."""
         return "checkpoint"
-
-    def forget(self) -> None:
-        """Watch the tensor no longer."""
-        self._root = None
-
-    def accept(self) -> None:
-        """From now on what is there now is right."""
-        tensor = self.tensor
-        self.version = _memory.version_of(tensor)
-        self.storage = _memory.storage_of(tensor) or self.storage
-        self.operation_seen = ""
-        self.written: _places.Instruction = None
-        self.allowed: str | None = None
-        self.late = False
-        if self.remarks is not None:
-            self.remarks.proof = None
-            self.remarks.suspect = None
-
-    def keep_proof(self, at_most: int | None = None) -> None:
-        """Keep a copy of the bytes that were read, unless they may have been written to already."""
-        if self.remarks is not None and self.remarks.proof is not None:
-            return
-        if _memory.version_of(self.tensor) != self.version:
-            self.late = True
-        elif not self.late:
-            super().keep_proof(at_most)
 
     @property
     def proof(self) -> torch.Tensor | None:
-        """A copy of the bytes that were read, if it was kept."""
+        """A copy of the bytes that were read, if there is one."""
         return None if self.remarks is None else self.remarks.proof
+
+    def keep_proof(self, at_most: int | None = None) -> None:
+        """Keep a copy of the bytes that were read, unless they may have been written to already."""
+        if self.proof is None:
+            self.late = self.late or self._displaced
+            if not self.late:
+                super().keep_proof(at_most)
+
+    @property
+    def _displaced(self) -> bool:
+        """Whether its version moved, or it lies elsewhere."""
+        tensor = self.tensor
+        return _memory.version_of(tensor) != self.version or _memory.storage_of(tensor) != self.home
 
     @property
     def changed(self) -> bool:
-        """Whether its bytes are not what they were; where no copy was kept, whether something says so."""
+        """Whether its bytes are not what they were; where there is no copy, whether something says so."""
         tensor = self.tensor
         if tensor is _GONE:
             return False
         if self.proof is not None:
             return not _memory.same_bytes(tensor, self.proof)
         suspected = self.remarks is not None and self.remarks.suspect is not None
-        return self.late or suspected or self.moved_or_rebound
+        return self.late or suspected or self._displaced
 
-    @property
-    def moved_or_rebound(self) -> bool:
-        """Whether the tensor's version moved, or it lies elsewhere."""
-        tensor = self.tensor
-        return _memory.version_of(tensor) != self.version or _memory.storage_of(tensor) != self.storage
+    def follow(self) -> None:
+        """It was pointed at other memory."""
+        storage = _memory.storage_of(self.tensor)
+        if storage != self.storage:
+            self.storage = storage
+            LEDGER.add(self)
+
+    def accept(self) -> None:
+        """What was written has been answered: what is there now is what the next recomputation is to find."""
+        self.follow()
+        self.home = self.storage
+        self.version = _memory.version_of(self.tensor)
+        self.late = False
+        self.allowed = None
+        remarks = self.remarks
+        if remarks is not None:
+            remarks.suspect = remarks.guard = remarks.writer = remarks.proof = None
+            remarks.compare = False
 
 
-def without_rereads(saves: list[Save]) -> list[Save]:
-    """The saves proper."""
-    return [save for save in saves if not isinstance(save, Reread)]
-
-
-def note_write(saves: Iterable[Save], operation: str) -> None:
-    """A call is about to write to these: keep the bytes of those that a checkpoint will read again."""
-    copies: dict[int, torch.Tensor] = {}  # a tensor that many checkpoints read is copied once
+def note_write(entries: Iterable[Reread], operation: str) -> None:
+    """A call is about to write to these: keep their bytes, and who it was."""
+    copies: dict[int, torch.Tensor] = {}  # what many checkpoints read is copied once
     here: _places.Instruction = None
-    for entry in saves:
-        if not isinstance(entry, Reread):
-            continue
+    for entry in entries:
         tensor = entry.tensor
         if tensor is _GONE or not entry.needed():
             continue
-        if entry.operation_seen and not (entry.proof is not None and _memory.same_bytes(tensor, entry.proof)):
-            continue  # the write that is to blame is known
-        if entry.proof is None and id(tensor) in copies and not entry.late and not entry.moved_or_rebound:
-            entry.remark().proof = copies[id(tensor)]
+        remarks = entry.remark()
+        if remarks.writer is not None and (remarks.proof is None or not _memory.same_bytes(tensor, remarks.proof)):
+            continue  # whose fault it is, is known
+        if id(tensor) in copies and entry.proof is None and not entry.late and not entry.changed:
+            remarks.proof = copies[id(tensor)]
         entry.keep_proof()
-        if entry.proof is not None:
-            copies[id(tensor)] = entry.proof
+        if remarks.proof is not None:
+            copies[id(tensor)] = remarks.proof
         here = here or _places.user_instruction(sys._getframe(1))
-        entry.operation_seen = operation
-        entry.written = here
+        remarks.compare = True
+        remarks.writer = ("recompute", operation, here)
         entry.allowed = _policy.state.reasons[-1] if _policy.state.reasons else None
 
 
-def forget(tensors: Iterable[Any]) -> None:
-    """Drop the weak holds on these: something is about to ask for tensors without any."""
-    for tensor in tensors:
-        for entry in LEDGER.in_storage(_memory.storage_of(tensor)):
-            if isinstance(entry, Reread) and entry.tensor is tensor:
-                entry.forget()
-
-
+def rereads_of(tensor: torch.Tensor) -> list[Reread]:
+    """The entries of this very tensor."""
+    storage = _memory.storage_of(tensor)
+    found = LEDGER.in_storage(storage) if storage else []
+    return [entry for entry in found if isinstance(entry, Reread) and entry.tensor is tensor]

@@ -7,11 +7,13 @@ guard can say what it does not watch instead of crashing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 _C: Any = torch._C
 _autograd: Any = torch._C._autograd
@@ -222,6 +224,26 @@ def node_class_of(function: Any) -> Any:
     return getattr(function, "_backward_cls", None)
 
 
+#: Where checkpoints of the two kinds run their function, by name.
+CHECKPOINT_HOOK = (torch.utils.checkpoint, "_checkpoint_hook")
+CHECKPOINT_FORWARD = (torch.utils.checkpoint.CheckpointFunction, "forward")
+
+
+def keeps_its_saves(node: Any) -> bool:
+    """Whether backward has not yet let go of what a custom Function's node saved."""
+    try:
+        return node._raw_saved_tensors is not None
+    except RuntimeError:
+        return False
+
+
+def compile_was_asked_for() -> bool:
+    """Whether ``torch.compile`` was called in this process."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    backends = {} if dynamo is None else getattr(dynamo, "cached_backends", {0: 0})
+    return any(backend is not None for backend in backends.values())
+
+
 def missing() -> list[str]:
     """What this build of torch does not offer, as sentences about what therefore is not watched."""
     told = []
@@ -229,4 +251,6 @@ def missing() -> list[str]:
         told.append("torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions")
     if _top is None:
         told.append("torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering")
+    if not hasattr(*CHECKPOINT_HOOK):
+        told.append("torch.utils.checkpoint has no _checkpoint_hook: what non-reentrant checkpoints read")
     return told

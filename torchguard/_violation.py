@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "uncounted", "rebind", "unseen"]
+Kind = Literal["write", "uncounted", "rebind", "unseen", "recompute"]
 
 _RESET = "\x1b[0m"
 _COLOURS = {"headline": "\x1b[1;31m", "label": "\x1b[1m", "place": "\x1b[36m", "fix": "\x1b[32m"}
@@ -41,7 +41,8 @@ class Violation:
     Attributes:
         kind: ``"write"`` (through an alias, by a call that the guard saw), ``"uncounted"`` (by a call that
             moves no version counter, whatever it writes through), ``"rebind"`` (``x.data = y`` on the tensor
-            that was saved) or ``"unseen"`` (a write that only the alias's version counter gave away).
+            that was saved), ``"unseen"`` (a write that only the alias's version counter gave away) or
+            ``"recompute"`` (any write to what a checkpoint reads again, noticed or not by a version counter).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -110,7 +111,10 @@ class Violation:
             "uncounted": f"{self.operation}, which moves no version counter,",
             "rebind": self.operation,
             "unseen": "a write through an alias",
+            "recompute": self.operation or "a write that was not seen",
         }[self.kind]
+        if self.kind == "recompute":
+            return f"{what} has changed a tensor that a checkpoint reads again in backward"
         verb = "would corrupt" if self.caught == "write" else "may have corrupted"
         return f"{what} {verb} a tensor saved for backward"
 
@@ -121,7 +125,7 @@ class Violation:
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
         if self.kind in ("write", "unseen"):
             places.append(("aliased", self.aliased, ""))
-        if self.kind == "unseen":
+        if self.kind == "unseen" or (self.kind == "recompute" and not self.operation):
             places.append(("written", None, ""))
             places.append(("read", self.written, f"up to {changed}"))
         else:
@@ -133,6 +137,8 @@ class Violation:
     def _unknown(self, label: str) -> str:
         if label == "aliased":
             return "(the alias was made before the guard came, or by a route it does not follow)"
+        if label == "written" and self.kind == "recompute" and not self.operation:
+            return "(between forward and backward, by a call that is not patched: out=, torch.ops or an extension)"
         if label == "written" and self.kind == "unseen":
             return "(between alias and read, by a call that is not patched: out=, torch.ops or an extension)"
         return "(no user code on the stack)"
@@ -143,6 +149,12 @@ class Violation:
                 "autograd cannot see this: the tensor that it saved points to other memory from now on, and",
                 "its version counter does not move. If backward reads it, the gradient is wrong. Without",
                 "torchguard, backward() would finish with wrong gradients and no error.",
+            ]
+        if self.kind == "recompute":
+            return [
+                "A checkpoint saves nothing of what its function computes: backward runs the function again, with",
+                "what weights, biases, buffers and masks hold by then. PyTorch checks none of them, not even their",
+                "versions. Without torchguard, backward() would finish with wrong gradients and no error.",
             ]
         if self.kind == "unseen":
             return [
@@ -160,6 +172,8 @@ class Violation:
         name = self._aliased_name()
         if self.kind == "uncounted":
             fix = "do it after backward(), or use an operation that moves the counter, which autograd checks"
+        elif self.kind == "recompute":
+            fix = "do it after backward(), or hand the tensor to checkpoint() as an argument, which autograd checks"
         elif self.kind == "rebind":
             fix = "assign after backward(); to have autograd check it, use copy_() under torch.no_grad()"
         else:

@@ -19,6 +19,7 @@ import torch
 from torchguard import _memory, _places, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._overlap import overlaps
+from torchguard._rereads import Reread, note_write, rereads_of
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer, all_tensors, substituted
@@ -98,6 +99,10 @@ def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watche
         if storage in ALIASES.by_storage or storage in ALIASES.young:
             ALIASES.sync(storage, saves)
             watched.append(storage)
+        rereads = [save for save in saves if isinstance(save, Reread)]
+        if rereads:
+            note_write([entry for entry in rereads if _may_overlap(target, entry)], writer.title)
+            saves = [save for save in saves if not isinstance(save, Reread)]
         counted = writer.counts(target, args, kwargs)
         hits += [_Hit(save, target, counted) for save in saves if _is_silent(writer, counted, target, save)]
 
@@ -108,11 +113,13 @@ def _is_silent(writer: Writer, counted: bool, target: torch.Tensor, save: Save) 
         return False  # PyTorch refuses this save already
     if target.requires_grad and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled())):
         return False  # PyTorch refuses the call
+    return _may_overlap(target, save) and not (counted and _memory.shares_counter(target, save.tensor))
+
+
+def _may_overlap(target: torch.Tensor, save: Save) -> bool:
     there = _memory.span_of(target)
     here = _memory.span_of(save.tensor)
-    if there is None or here is None or overlaps(there, here) is False:
-        return False
-    return not (counted and _memory.shares_counter(target, save.tensor))
+    return there is not None and here is not None and overlaps(there, here) is not False
 
 
 def _judge(
@@ -238,6 +245,7 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
         SavedTensorCorruptionError: by the innermost guard, before anything has changed.
     """
     saves = saves_of(tensor)
+    rereads = rereads_of(tensor)
     frame = sys._getframe(1)
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
         error = None if _same(tensor, value) else _judge_rebinding(tensor, saves)
@@ -247,10 +255,13 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
             finally:
                 del error  # it refers to this frame
     ALIASES.forget(tensor)  # of the memory that it leaves
+    note_write(rereads, _REBINDING)
     setter(tensor, value)
     for save in saves:  # what backward will read lies elsewhere now
         save.accept()
     saves.clear()
+    for entry in rereads:
+        entry.follow()
     if isinstance(value, torch.Tensor) and type(value) in _memory.PLAIN_TYPES:
         here = _places.user_instruction(frame)
         for alias in (value, tensor):  # the same memory, two counters
@@ -260,7 +271,8 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
 def saves_of(tensor: torch.Tensor) -> list[Save]:
     """The live saves that hold this very tensor."""
     storage = _memory.storage_of(tensor)
-    return [save for save in LEDGER.in_storage(storage) if save.tensor is tensor] if storage else []
+    found = LEDGER.in_storage(storage) if storage else []
+    return [save for save in found if save.tensor is tensor and not isinstance(save, Reread)]
 
 
 def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | None:

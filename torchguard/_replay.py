@@ -1,0 +1,261 @@
+"""A checkpoint recomputes with other bytes than it first ran with: does backward get anything else because of them?
+
+Not every tensor that is read matters: the bias of the last layer is read and no gradient depends on it; an embedding
+reads the rows that it looks up; a step counter feeds nothing but itself. So while backward recomputes, each call that
+gets something changed is first made on a shadow, a copy of the memory that holds the bytes of the forward. What differs
+after the call casts a shadow in its turn. The bytes that changed matter once something that differs from its shadow is
+saved for backward, or reaches Python as a number.
+
+All of this is paid for only where something that a checkpoint read has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from torchguard import _memory, _torch
+from torchguard._reads import make_unpack
+from torchguard._rereads import Reread
+from torchguard._saves import make_pack
+from torchguard._writers import Writer, all_tensors, substituted
+
+#: Calls whose result is about the tensor and not computed from its bytes, or that must not be made twice.
+_PASSED_ON = frozenset(
+    """
+    __get__ __set__ __delete__ __repr__ __hash__ __format__ __len__ __reduce_ex__ __deepcopy__ size dim ndimension
+    stride numel nelement element_size storage_offset data_ptr untyped_storage storage is_contiguous is_pinned
+    is_shared get_device type register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward
+    grad share_memory_ is_floating_point is_complex is_conj is_neg
+    """.split()
+)
+#: Calls that hand the bytes to somebody who cannot be followed.
+_ESCAPES = frozenset({"numpy", "__array__", "__dlpack__", "to_dlpack"})
+
+
+class _Shadow:
+    """A storage as it would be, had nothing been changed."""
+
+    __slots__ = ("blame", "held", "memory")
+
+    def __init__(self, tensor: torch.Tensor, blame: set[Reread]) -> None:
+        whole = _over(tensor.untyped_storage(), tensor, torch.uint8, 0, (tensor.untyped_storage().nbytes(),), (1,))
+        self.memory = whole.clone().untyped_storage()
+        self.blame = blame
+        self.held = tensor.detach()  # its storage's identity is not to be used again meanwhile
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What ``tensor``, which lies in the storage, would be."""
+        if tensor.is_neg() or tensor.layout is not torch.strided:
+            raise NotImplementedError
+        view = _over(
+            self.memory, tensor, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+        )
+        return view.conj() if tensor.is_conj() else view
+
+
+def _over(
+    storage: torch.UntypedStorage,
+    like: torch.Tensor,
+    dtype: torch.dtype,
+    offset: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=like.device).set_(storage, offset, shape, stride)  # type: ignore[call-overload]
+
+
+class Replay(TorchFunctionMode):
+    """Follows what changed through a recomputation.
+
+    Args:
+        changed: what is not as it was, each with a copy of its bytes.
+        written_inside: which of them the checkpointed function writes to itself.
+        writer_of: tells what a call writes to.
+
+    Attributes:
+        guilty: those that backward gets wrong values from.
+    """
+
+    def __init__(
+        self,
+        changed: Iterable[Reread],
+        written_inside: set[Reread],
+        writer_of: Callable[[Any, Mapping[str, Any]], Writer | None],
+    ) -> None:
+        super().__init__()
+        self.guilty: set[Reread] = set()
+        self._written_inside = written_inside
+        self._writer_of = writer_of
+        self._shadows: dict[int, _Shadow] = {}
+        #: What the call that is being made saves when it is made on the shadows; None outside such a call.
+        self._expected: list[torch.Tensor] | None = None
+        self._blame: set[Reread] = set()
+        self._position = 0
+        with _torch.hidden():
+            for entry in changed:
+                try:
+                    self._cast(entry.tensor, {entry}, entry.proof)
+                except Exception:
+                    self.guilty.add(entry)
+
+    def __enter__(self) -> Replay:
+        inner = _torch.top_hooks() or (make_pack(), make_unpack())
+
+        def pack(tensor: torch.Tensor) -> Any:
+            self._see_save(tensor)
+            return inner[0](tensor)
+
+        self._pair: _torch.Hooks = (pack, inner[1])
+        _torch.push_hooks(self._pair)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _torch.remove_function_mode(self)
+        _torch.remove_hooks(self._pair)
+        del self._pair
+        self._shadows.clear()
+
+    def _cast(self, tensor: torch.Tensor, blame: set[Reread], values: torch.Tensor | None = None) -> None:
+        storage = _memory.storage_of(tensor)
+        shadow = self._shadows.get(storage)
+        if shadow is None:
+            shadow = _Shadow(tensor, set())
+        view = shadow.of(tensor)
+        if values is not None:
+            if values.shape != view.shape or values.dtype != view.dtype:
+                raise NotImplementedError
+            view.copy_(values)
+        shadow.blame |= blame
+        self._shadows[storage] = shadow
+
+    def _see_save(self, tensor: torch.Tensor) -> None:
+        if self._expected is not None:
+            position, self._position = self._position, self._position + 1
+            expected = self._expected[position] if position < len(self._expected) else None
+            if expected is None or not _memory.same_bytes(tensor, expected):
+                self.guilty |= self._blame
+            return
+        shadow = self._shadows.get(_memory.storage_of(tensor))
+        if shadow is not None:
+            with _torch.hidden():
+                self._compare_with(shadow, tensor)
+
+    def _compare_with(self, shadow: _Shadow, tensor: torch.Tensor) -> None:
+        try:
+            same = _memory.same_bytes(tensor, shadow.of(tensor))
+        except Exception:
+            same = False
+        if not same:
+            self.guilty |= shadow.blame
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if not self._shadows or name in _PASSED_ON:
+            return func(*args, **kwargs)
+        with _torch.no_torch_function():
+            tensors = list(all_tensors([*args, *kwargs.values()]))
+            shadowed = {_memory.storage_of(tensor) for tensor in tensors} & self._shadows.keys()
+        if not shadowed:
+            return func(*args, **kwargs)
+        blame = set().union(*(self._shadows[storage].blame for storage in shadowed))
+        if name in _ESCAPES:
+            self.guilty |= blame
+            return func(*args, **kwargs)
+        return self._make_twice(func, args, kwargs, tensors, blame)
+
+    def _make_twice(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tensors: list[torch.Tensor],
+        blame: set[Reread],
+    ) -> Any:
+        saved: list[torch.Tensor] = []
+        writer = self._writer_of(func, kwargs)
+        try:
+            instead = self._made_on_shadows(func, args, kwargs, tensors, blame, writer, saved)
+        except Exception:  # what cannot be followed counts as wrong
+            self.guilty |= blame
+            return func(*args, **kwargs)
+        if writer is None:
+            outer = self._expected, self._position, self._blame
+            self._expected, self._position, self._blame = saved, 0, blame
+            try:
+                result = func(*args, **kwargs)
+            finally:
+                self._expected, self._position, self._blame = outer
+        else:
+            result = func(*args, **kwargs)
+        with _torch.hidden():
+            inputs = {_memory.storage_of(tensor) for tensor in tensors}
+            self._compare_results(result, instead, blame, inputs)
+        return result
+
+    def _made_on_shadows(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tensors: list[torch.Tensor],
+        blame: set[Reread],
+        writer: Writer | None,
+        saved: list[torch.Tensor],
+    ) -> Any:
+        """The call's result on the shadows; what it saves is put into ``saved``."""
+        recorded = torch.is_grad_enabled() and writer is None
+        with _torch.hidden():
+            for target in [] if writer is None else writer.targets(args, kwargs):
+                self._cast(target, blame)
+            stand_ins: dict[int, torch.Tensor] = {}
+            for tensor in tensors:
+                shadow = self._shadows.get(_memory.storage_of(tensor))
+                stand_in = tensor.detach() if shadow is None else shadow.of(tensor)
+                stand_ins[id(tensor)] = stand_in.requires_grad_(recorded and tensor.requires_grad)
+        pair: _torch.Hooks = (lambda tensor: saved.append(tensor.detach().clone()), _never)
+        _torch.push_hooks(pair)
+        try:
+            with (
+                _torch.unseen(),
+                _memory.same_random_numbers(tensors, kwargs.get("generator")),
+                torch.set_grad_enabled(recorded),
+            ):
+                return func(
+                    *substituted(list(args), stand_ins),
+                    **{name: substituted(value, stand_ins) for name, value in kwargs.items()},
+                )
+        finally:
+            _torch.remove_hooks(pair)
+
+    def _compare_results(self, result: Any, instead: Any, blame: set[Reread], inputs: set[int]) -> None:
+        if isinstance(result, torch.Tensor) and isinstance(instead, torch.Tensor):
+            storage = _memory.storage_of(result)
+            if storage in self._shadows or _memory.same_bytes(result, instead):
+                return
+            try:
+                if storage in inputs:
+                    raise NotImplementedError  # another view of something that did not change
+                self._cast(result, blame, instead)
+            except Exception:
+                self.guilty |= blame
+        elif isinstance(result, (list, tuple)) and isinstance(instead, (list, tuple)):
+            if len(result) != len(instead):
+                self.guilty |= blame
+            for one, other in zip(result, instead, strict=False):
+                self._compare_results(one, other, blame, inputs)
+        elif isinstance(result, (bool, int, float, complex)) and repr(result) != repr(instead):
+            # A number goes where nobody can follow it. One from a counter that the function itself moves differs at
+            # each run, and is its own business.
+            self.guilty |= blame - self._written_inside
+
+
+def _never(_: Any) -> torch.Tensor:
+    raise AssertionError("torchguard: the graph of a rehearsal is never run")
