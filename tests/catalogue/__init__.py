@@ -6,7 +6,7 @@ Each module holds the routes of one family; what a program is, and how it is jud
 from catalogue import textbook  # isort: skip - the four textbook programs come first
 from harness import PROGRAMS
 
-from catalogue import aliases, graphs, methods, models, rebinding, training, unseen
+from catalogue import aliases, graphs, methods, models, rebinding, recompute, training, unseen
 
 __all__ = [
     "PROGRAMS",
@@ -15,6 +15,7 @@ __all__ = [
     "methods",
     "models",
     "rebinding",
+    "recompute",
     "textbook",
     "training",
     "unseen",

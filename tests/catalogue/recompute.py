@@ -1,0 +1,193 @@
+"""Checkpoints run their function again in backward: what it reads must be what it was, whoever wrote to it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import Run, add, program
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+
+Body = Callable[..., Any]
+Kind = Callable[..., Any]
+
+ROUTE = "checkpoint"
+
+
+# ---- kinds of checkpoint --------------------------------------------------------------------------------------------
+
+
+def _reentrant(run: Run, body: Body, *args: Any) -> Any:
+    return run.checkpoint(use_reentrant=True)(body, *args)  # saved
+
+
+def _non_reentrant(run: Run, body: Body, *args: Any) -> Any:
+    return run.checkpoint(use_reentrant=False)(body, *args)  # saved
+
+
+def _to_the_end(run: Run, body: Body, *args: Any) -> Any:
+    with set_checkpoint_early_stop(False):
+        return run.checkpoint(use_reentrant=False, determinism_check="none")(body, *args)  # saved
+
+
+def _selective(run: Run, body: Body, *args: Any) -> Any:
+    """Products of matrices are kept, all else is computed again."""
+    policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    return run.checkpoint(use_reentrant=False, context_fn=policy)(body, *args)  # saved
+
+
+def _selective_by_policy(run: Run, body: Body, *args: Any) -> Any:
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = op in (torch.ops.aten.addmm.default, torch.ops.aten.tanh.default)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return run.checkpoint(use_reentrant=False, context_fn=contexts)(body, *args)  # saved
+
+
+def _nested(run: Run, body: Body, *args: Any) -> Any:
+    inner = run.checkpoint(use_reentrant=False)
+    return run.checkpoint(use_reentrant=False)(lambda *args: inner(body, *args).sin(), *args)  # saved
+
+
+def _nested_reentrant(run: Run, body: Body, *args: Any) -> Any:
+    inner = run.checkpoint(use_reentrant=True)
+    return run.checkpoint(use_reentrant=True)(lambda *args: inner(body, *args).sin(), *args)  # saved
+
+
+KINDS: dict[str, Kind] = {
+    "reentrant": _reentrant,
+    "non_reentrant": _non_reentrant,
+    "to_the_end": _to_the_end,
+    "selective": _selective,
+    "nested": _nested,
+    "nested_reentrant": _nested_reentrant,
+}
+
+
+# ---- what is read, and how it is written ----------------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    """Reads a weight, a bias, a buffer, a mask, a table and a flag; each of them matters to some gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.bias = nn.Parameter(torch.randn(4))
+        self.register_buffer("mean", torch.randn(4))
+        self.mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
+        self.table = torch.randn(6, 4)
+        self.rows = torch.tensor([1, 4, 2])
+        self.keep = torch.tensor([True, False, True, True])
+        self.scales = {"out": torch.tensor(1.5)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.linear(x, self.weight, bias=self.bias).tanh()
+        h = (h - self.mean).sigmoid() * self.mask
+        h = (h + F.embedding(self.rows, self.table)).exp()
+        h = torch.where(self.keep, h, h.sin())
+        return torch.tanh(h * self.scales["out"])
+
+
+
+
+WRITES: dict[str, Callable[[_Block], Any]] = {
+    "tracked_weight": lambda m: m.weight.add_(1),
+    "tracked_bias": lambda m: m.bias.mul_(-2),
+    "tracked_buffer": lambda m: m.mean.copy_(torch.ones(4)),
+    "tracked_mask": lambda m: m.mask.fill_(0.5),
+    "tracked_mask_item": lambda m: m.mask.__setitem__(1, 1.0),
+    "tracked_table": lambda m: m.table.neg_(),
+    "tracked_row": lambda m: m.table[4].add_(1),
+    "tracked_rows": lambda m: m.rows.sub_(1),
+    "tracked_flags": lambda m: m.keep.logical_not_(),
+    "tracked_scale": lambda m: m.scales["out"].add_(1),
+    "silent_weight": lambda m: m.weight.data.add_(1),
+    "silent_bias": lambda m: m.bias.data.mul_(-2),
+    "silent_buffer": lambda m: m.mean.data.zero_(),
+    "silent_mask": lambda m: m.mask.data.fill_(0.5),
+    "silent_slice_of_the_bias": lambda m: m.bias.data[1:3].add_(1),
+    "detached_bias": lambda m: m.bias.detach().exp_(),
+    "foreach": lambda m: torch._foreach_mul_([m.weight, m.bias], 2.0),
+    "rebound_weight": lambda m: setattr(m.weight, "data", torch.ones(4, 4)),
+    "rebound_bias": lambda m: setattr(m.bias, "data", torch.ones(4)),
+    "rebound_buffer": lambda m: setattr(m.mean, "data", torch.ones(4)),
+    "loaded": lambda m: m.load_state_dict({key: value + 1 for key, value in m.state_dict().items()}),
+    "initialised": lambda m: nn.init.constant_(m.bias, 0.25),
+}
+#: No patch sees these.
+UNSEEN: dict[str, Callable[[_Block], Any]] = {
+    "out_bias": lambda m: torch.add(m.bias.detach(), 1, out=m.bias.data),
+    "out_buffer": lambda m: torch.add(m.mean, 1, out=m.mean),
+    "ops_bias": lambda m: torch.ops.aten.mul_.Scalar(m.bias, 2.0),
+    "set_buffer": lambda m: m.mean.set_(torch.ones(4)),
+}
+
+
+def _gradients(block: _Block, x: torch.Tensor) -> list[Any]:
+    return [x.grad, block.weight.grad, block.bias.grad]
+
+
+def _programs() -> None:
+    for kind_name, kind in KINDS.items():
+        for write_name, write in (WRITES | UNSEEN).items():
+            name = f"checkpoint_{kind_name}_{write_name}"
+
+            def corrupting(run: Run, kind: Kind = kind, write: Any = write) -> Any:
+                block, x = _Block(), torch.randn(3, 4, requires_grad=True)
+                out = kind(run, block, x)
+                with torch.no_grad():
+                    run.write(write, block)
+                out.sum().backward()
+                return _gradients(block, x)
+
+            def after_backward(run: Run, kind: Kind = kind, write: Any = write) -> Any:
+                block, x = _Block(), torch.randn(3, 4, requires_grad=True)
+                out = kind(run, block, x)
+                out.sum().backward()
+                with torch.no_grad():
+                    run.write(write, block)
+                return _gradients(block, x)
+
+            def on_another(run: Run, kind: Kind = kind, write: Any = write) -> Any:
+                block, other, x = _Block(), _Block(), torch.randn(3, 4, requires_grad=True)
+                kind(run, other, x).sum().backward()
+                out = kind(run, block, x)
+                with torch.no_grad():
+                    run.write(write, other)
+                out.sum().backward()
+                return _gradients(block, x)
+
+            def restored(run: Run, kind: Kind = kind, write: Any = write) -> Any:
+                block, x = _Block(), torch.randn(3, 4, requires_grad=True)
+                tensors = [*block.parameters(), *block.buffers(), block.mask, block.table, block.rows, block.keep]
+                tensors.append(block.scales["out"])
+                before = [tensor.detach().clone() for tensor in tensors]
+                out = kind(run, block, x)
+                with torch.no_grad():
+                    run.write(write, block)
+                    for tensor, value in zip(tensors, before, strict=True):
+                        tensor.copy_(value)
+                out.sum().backward()
+                return _gradients(block, x)
+
+            add(corrupting, name=name, route=ROUTE, kind="corrupting", caught="read", every_call="read")
+            twins = [after_backward, on_another]
+            if write_name in WRITES:
+                twins.append(restored)
+            for twin in twins:
+                add(twin, name=f"{name}_{twin.__name__}", route=ROUTE, kind="innocent", twin_of=name)
+
+
+_programs()
