@@ -13,15 +13,14 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import ref
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _memory, _places, _policy, _torch, _verdict
-from torchguard._replay import Replay
+from torchguard import _memory, _places, _policy, _replay, _torch, _verdict
 from torchguard._rereads import Reread, note_write
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer
@@ -107,7 +106,7 @@ class Recomputation:
             self.guilty = changed
             return function(*args, **kwargs)
         known = [entry for entry in changed if entry.proof is not None]
-        replay = Replay(known, self.written_inside, writer_of)
+        replay = _replay.Replay(known, self.written_inside, writer_of)
         try:
             with replay:
                 return function(*args, **kwargs)
@@ -369,7 +368,9 @@ def checkpoint_forward(original: Any, _: Any, args: tuple[Any, ...], kwargs: dic
 
     def run(*args: Any) -> Any:
         if not shapes:
-            with recomputation.recorder(function):
+            replay = _replay.innermost()
+            inner = nullcontext() if replay is None else replay.inner_checkpoint()
+            with recomputation.recorder(function), inner:
                 result = function(*args)
             shapes.append([tensor.shape for tensor in _tensors_in(result)])
             return result

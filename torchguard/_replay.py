@@ -3,15 +3,18 @@
 Not every tensor that is read matters: the bias of the last layer is read and no gradient depends on it; an embedding
 reads the rows that it looks up; a step counter feeds nothing but itself. So while backward recomputes, each call that
 gets something changed is first made on a shadow, a copy of the memory that holds the bytes of the forward. What differs
-after the call casts a shadow in its turn. The bytes that changed matter once something that differs from its shadow is
-saved for backward, or reaches Python as a number.
+after the call casts a shadow in its turn. What was changed matters once a call's gradient (at random values, there is
+none yet) differs from that of the call on the shadow, something that differs from its shadow is saved by a custom
+Function, or a number that differs reaches Python.
 
 All of this is paid for only where something that a checkpoint read has changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +71,67 @@ def _over(
     return torch.empty(0, dtype=dtype, device=like.device).set_(storage, offset, shape, stride)  # type: ignore[call-overload]
 
 
+class _Call:
+    """A call that can be made on other tensors than its own."""
+
+    def __init__(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tensors: list[torch.Tensor],
+        written: list[torch.Tensor],
+    ) -> None:
+        self.func = func
+        self.args = list(args)
+        self.kwargs = kwargs
+        self.tensors = tensors
+        self.written = written
+
+    def on(self, stand_ins: Mapping[int, torch.Tensor]) -> Any:
+        """Its result on other tensors, by the id of the one that each stands for; draws what the call will draw."""
+        with _torch.unseen(), _memory.same_random_numbers(self.tensors, self.kwargs.get("generator")):
+            return self.func(
+                *substituted(self.args, stand_ins),
+                **{name: substituted(value, stand_ins) for name, value in self.kwargs.items()},
+            )
+
+    def gradients(self, values: Mapping[int, torch.Tensor]) -> list[torch.Tensor | None]:
+        """What backward computes for each input, given some gradients of the outputs, always the same."""
+        written = {id(tensor) for tensor in self.written}
+        with torch.enable_grad(), _torch.without_hooks():
+            leaves: list[torch.Tensor] = []
+            stand_ins = {}
+            for tensor in self.tensors:
+                value = values[id(tensor)].detach()
+                if tensor.requires_grad:
+                    leaves.append(value.requires_grad_())
+                # Nothing is written to a leaf, or to what belongs to the program.
+                stand_ins[id(tensor)] = value * 1 if id(tensor) in written else value
+            outputs = [tensor for tensor in all_tensors(self.on(stand_ins)) if tensor.requires_grad]
+            if not outputs:
+                return []
+            with _torch.unseen():
+                generator = torch.Generator(outputs[0].device).manual_seed(0)
+                directions = [
+                    torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator)
+                    for tensor in outputs
+                ]
+                return list(torch.autograd.grad(outputs, leaves, directions, allow_unused=True))
+
+
+class _Active(threading.local):
+    replays: tuple[Replay, ...] = ()
+
+
+_active = _Active()
+
+
+def innermost() -> Replay | None:
+    """The replay that runs in this thread."""
+    return _active.replays[-1] if _active.replays else None
+
+
 class Replay(TorchFunctionMode):
     """Follows what changed through a recomputation.
 
@@ -91,10 +155,8 @@ class Replay(TorchFunctionMode):
         self._written_inside = written_inside
         self._writer_of = writer_of
         self._shadows: dict[int, _Shadow] = {}
-        #: What the call that is being made saves when it is made on the shadows; None outside such a call.
-        self._expected: list[torch.Tensor] | None = None
-        self._blame: set[Reread] = set()
-        self._position = 0
+        self._judged = 0  # not 0 while a call is made whose gradient has been compared
+        self._inner = 0  # not 0 while a checkpoint inside runs its function without a graph
         with _torch.hidden():
             for entry in changed:
                 try:
@@ -111,11 +173,13 @@ class Replay(TorchFunctionMode):
 
         self._pair: _torch.Hooks = (pack, inner[1])
         _torch.push_hooks(self._pair)
+        _active.replays += (self,)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         _torch.remove_function_mode(self)
+        _active.replays = _active.replays[:-1]
         _torch.remove_hooks(self._pair)
         del self._pair
         self._shadows.clear()
@@ -134,14 +198,8 @@ class Replay(TorchFunctionMode):
         self._shadows[storage] = shadow
 
     def _see_save(self, tensor: torch.Tensor) -> None:
-        if self._expected is not None:
-            position, self._position = self._position, self._position + 1
-            expected = self._expected[position] if position < len(self._expected) else None
-            if expected is None or not _memory.same_bytes(tensor, expected):
-                self.guilty |= self._blame
-            return
         shadow = self._shadows.get(_memory.storage_of(tensor))
-        if shadow is not None:
+        if shadow is not None and not self._judged:
             with _torch.hidden():
                 self._compare_with(shadow, tensor)
 
@@ -171,6 +229,15 @@ class Replay(TorchFunctionMode):
             return func(*args, **kwargs)
         return self._make_twice(func, args, kwargs, tensors, blame)
 
+    @contextmanager
+    def inner_checkpoint(self) -> Iterator[None]:
+        """A checkpoint inside runs its function without a graph, for a backward that will compute one."""
+        self._inner += 1
+        try:
+            yield
+        finally:
+            self._inner -= 1
+
     def _make_twice(
         self,
         func: Any,
@@ -179,61 +246,43 @@ class Replay(TorchFunctionMode):
         tensors: list[torch.Tensor],
         blame: set[Reread],
     ) -> Any:
-        saved: list[torch.Tensor] = []
         writer = self._writer_of(func, kwargs)
+        call = _Call(func, args, kwargs, tensors, [] if writer is None else writer.targets(args, kwargs))
         try:
-            instead = self._made_on_shadows(func, args, kwargs, tensors, blame, writer, saved)
+            if self._differentiated(call):
+                self.guilty |= blame
+            with _torch.hidden():
+                for target in call.written:
+                    self._cast(target, blame)
+                instead = call.on({id(tensor): self._shadow_of(tensor) for tensor in tensors})
         except Exception:  # what cannot be followed counts as wrong
             self.guilty |= blame
             return func(*args, **kwargs)
-        if writer is None:
-            outer = self._expected, self._position, self._blame
-            self._expected, self._position, self._blame = saved, 0, blame
-            try:
-                result = func(*args, **kwargs)
-            finally:
-                self._expected, self._position, self._blame = outer
-        else:
+        self._judged += 1
+        try:
             result = func(*args, **kwargs)
+        finally:
+            self._judged -= 1
         with _torch.hidden():
-            inputs = {_memory.storage_of(tensor) for tensor in tensors}
-            self._compare_results(result, instead, blame, inputs)
+            self._compare_results(result, instead, blame, {_memory.storage_of(tensor) for tensor in tensors})
         return result
 
-    def _made_on_shadows(
-        self,
-        func: Any,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        tensors: list[torch.Tensor],
-        blame: set[Reread],
-        writer: Writer | None,
-        saved: list[torch.Tensor],
-    ) -> Any:
-        """The call's result on the shadows; what it saves is put into ``saved``."""
-        recorded = torch.is_grad_enabled() and writer is None
+    def _shadow_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        shadow = self._shadows.get(_memory.storage_of(tensor))
+        return tensor.detach() if shadow is None else shadow.of(tensor)
+
+    def _differentiated(self, call: _Call) -> bool:
+        """Whether the call's gradient is another one on the shadows."""
+        if not (torch.is_grad_enabled() or self._inner) or not any(tensor.requires_grad for tensor in call.tensors):
+            return False
         with _torch.hidden():
-            for target in [] if writer is None else writer.targets(args, kwargs):
-                self._cast(target, blame)
-            stand_ins: dict[int, torch.Tensor] = {}
-            for tensor in tensors:
-                shadow = self._shadows.get(_memory.storage_of(tensor))
-                stand_in = tensor.detach() if shadow is None else shadow.of(tensor)
-                stand_ins[id(tensor)] = stand_in.requires_grad_(recorded and tensor.requires_grad)
-        pair: _torch.Hooks = (lambda tensor: saved.append(tensor.detach().clone()), _never)
-        _torch.push_hooks(pair)
-        try:
-            with (
-                _torch.unseen(),
-                _memory.same_random_numbers(tensors, kwargs.get("generator")),
-                torch.set_grad_enabled(recorded),
-            ):
-                return func(
-                    *substituted(list(args), stand_ins),
-                    **{name: substituted(value, stand_ins) for name, value in kwargs.items()},
-                )
-        finally:
-            _torch.remove_hooks(pair)
+            here = {id(tensor): tensor.detach() for tensor in call.tensors}
+            there = {id(tensor): self._shadow_of(tensor) for tensor in call.tensors}
+        one, other = call.gradients(here), call.gradients(there)
+        return len(one) != len(other) or not all(
+            a is b is None or (a is not None and b is not None and _memory.same_bytes(a, b))
+            for a, b in zip(one, other, strict=True)
+        )
 
     def _compare_results(self, result: Any, instead: Any, blame: set[Reread], inputs: set[int]) -> None:
         if isinstance(result, torch.Tensor) and isinstance(instead, torch.Tensor):
@@ -257,5 +306,3 @@ class Replay(TorchFunctionMode):
             self.guilty |= blame - self._written_inside
 
 
-def _never(_: Any) -> torch.Tensor:
-    raise AssertionError("torchguard: the graph of a rehearsal is never run")

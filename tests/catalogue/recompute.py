@@ -191,3 +191,183 @@ def _programs() -> None:
 
 
 _programs()
+
+# ---- the usual mistake: a step between forward and backward ----------------------------------------------------------
+
+OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, foreach=False),
+    "sgd_foreach": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=True),
+    "sgd_fused": lambda p: torch.optim.SGD(p, 0.1, fused=True),
+    "adam_foreach": lambda p: torch.optim.Adam(p, 0.1, foreach=True),
+    "adam_fused": lambda p: torch.optim.Adam(p, 0.1, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.1),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, 0.1, fused=True),
+    "adagrad_fused": lambda p: torch.optim.Adagrad(p, 0.1, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.1),
+}
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid())
+
+
+def _biases(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.dim() == 1]
+
+
+def _steps() -> None:
+    for kind_name in ("reentrant", "non_reentrant"):
+        kind = KINDS[kind_name]
+        for which, parameters in (("all", lambda model: list(model.parameters())), ("biases", _biases)):
+            for optimiser_name, make in OPTIMISERS.items():
+                name = f"checkpoint_{kind_name}_step_of_{optimiser_name}_{which}"
+
+                def before(run: Run, kind: Kind = kind, make: Any = make, parameters: Any = parameters) -> Any:
+                    model, x = _mlp(), torch.randn(3, 4, requires_grad=True)
+                    optimiser = make(parameters(model))
+                    kind(run, model, x).sum().backward()
+                    out = kind(run, model, x)
+                    run.write(lambda: optimiser.step())
+                    out.sum().backward()
+                    return [x.grad, *(p.grad for p in model.parameters())]
+
+                def after(run: Run, kind: Kind = kind, make: Any = make, parameters: Any = parameters) -> Any:
+                    model, x = _mlp(), torch.randn(3, 4, requires_grad=True)
+                    optimiser = make(parameters(model))
+                    for _ in range(3):
+                        model.zero_grad()
+                        for _ in range(2):
+                            loss = kind(run, model, x).sum()
+                            loss.backward()  # and the loss stays bound
+                        run.write(lambda: optimiser.step())
+                    return [x.grad, *model.parameters()]
+
+                add(before, name=name, route=ROUTE, kind="corrupting", caught="read", every_call="read")
+                add(after, name=f"{name}_after", route=ROUTE, kind="innocent", twin_of=name, truth="cloned saves")
+
+
+_steps()
+
+
+# ---- read, and yet nothing depends on it -----------------------------------------------------------------------------
+
+
+class _Tail(nn.Module):
+    """What it ends with is added, and no gradient depends on that."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).tanh())
+
+
+LAST: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 4),
+    "layer_norm": lambda: nn.LayerNorm(4),
+    "group_norm": lambda: nn.GroupNorm(2, 4),
+    "batch_norm": lambda: nn.BatchNorm1d(4),
+    "conv": lambda: nn.Sequential(nn.Unflatten(0, (1, 3)), nn.Conv1d(3, 3, 1)),
+    "two_linears": lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+}
+
+
+def _last_bias(tail: _Tail) -> nn.Parameter:
+    return _biases(tail.last)[-1]
+
+
+def _ends() -> None:
+    for kind_name, kind in KINDS.items():
+        if kind_name.startswith("nested"):
+            continue  # their outer function goes on computing
+        for last_name, make in LAST.items():
+            for write_name, write in {
+                "tracked": lambda tail: _last_bias(tail).add_(1),
+                "silent": lambda tail: _last_bias(tail).data.add_(1),
+            }.items():
+                name = f"checkpoint_{kind_name}_{write_name}_bias_of_the_last_{last_name}"
+
+                def ends(run: Run, kind: Kind = kind, make: Any = make, write: Any = write) -> Any:
+                    tail, x = _Tail(make()), torch.randn(3, 4, requires_grad=True)
+                    out = kind(run, tail, x)
+                    with torch.no_grad():
+                        run.write(write, tail)
+                    out.sum().backward()
+                    return [x.grad, *(p.grad for p in tail.parameters())]
+
+                def goes_on(run: Run, kind: Kind = kind, make: Any = make, write: Any = write) -> Any:
+                    tail, x = _Tail(make()), torch.randn(3, 4, requires_grad=True)
+                    out = kind(run, lambda x: tail(x).exp(), x)
+                    with torch.no_grad():
+                        run.write(write, tail)
+                    out.sum().backward()
+                    return [x.grad, *(p.grad for p in tail.parameters())]
+
+                add(goes_on, name=f"{name}_but_one", route=ROUTE, kind="corrupting", caught="read", every_call="read")
+                add(ends, name=name, route=ROUTE, kind="innocent", twin_of=f"{name}_but_one")
+
+
+_ends()
+
+
+def _other_parts() -> None:
+    """The part of a tensor that is not looked at."""
+    parts: dict[str, tuple[Body, Callable[[torch.Tensor], Any], Callable[[torch.Tensor], Any]]] = {
+        "embedding": (
+            lambda x, t: (x + F.embedding(torch.tensor([1, 2, 2]), t)).exp(),
+            lambda t: t[2].add_(1),
+            lambda t: t[3].add_(1),
+        ),
+        "row": (lambda x, t: (x * t[1]).exp(), lambda t: t[1].add_(1), lambda t: t[0].add_(1)),
+        "rows": (lambda x, t: (x * t[torch.tensor([0, 2, 4])]).exp(), lambda t: t[4].zero_(), lambda t: t[3].zero_()),
+        "masked": (
+            lambda x, t: (x * t[:3].masked_fill(torch.eye(3, 4).bool(), 1.0)).exp(),
+            lambda t: t[0, 1].add_(1),
+            lambda t: t[0, 0].add_(1),
+        ),
+        "clamped": (
+            lambda x, t: (x * (t[0] + 10).clamp(max=5.0)).exp(),
+            lambda t: t[0].sub_(20),
+            lambda t: t[0].add_(1),
+        ),
+        "flag": (
+            lambda x, t: x.exp() if t.sum() > 100 else x.sin(),
+            lambda t: t.add_(100),
+            lambda t: t.add_(0.01),
+        ),
+        "number": (lambda x, t: (x * t[0, 0].item()).exp(), lambda t: t[0, 0].add_(1), lambda t: t[0, 1].add_(1)),
+        "shape": (lambda x, t: (x * t.size(1)).exp() * t[0].exp(), lambda t: t[0].add_(1), lambda t: t[5].add_(1)),
+    }
+    for kind_name, kind in KINDS.items():
+        for part_name, (body, inside, outside) in parts.items():
+            if (kind_name, part_name) == ("selective", "flag"):
+                continue  # PyTorch itself misses what it kept
+            name = f"checkpoint_{kind_name}_part_{part_name}"
+
+            def program_of(run: Run, write: Any, kind: Kind = kind, body: Body = body) -> Any:
+                table = torch.randn(6, 4)
+                x = torch.randn(3, 4, requires_grad=True)
+                out = kind(run, lambda x: body(x, table), x)
+                run.write(write, table)
+                out.sum().backward()
+                return [x.grad]
+
+            add(
+                lambda run, inside=inside, program_of=program_of: program_of(run, inside),
+                name=name,
+                route=ROUTE,
+                kind="corrupting",
+                caught="read",
+                every_call="read",
+            )
+            add(
+                lambda run, outside=outside, program_of=program_of: program_of(run, outside),
+                name=f"{name}_beside_it",
+                route=ROUTE,
+                kind="innocent",
+                twin_of=name,
+            )
+
+
+_other_parts()
