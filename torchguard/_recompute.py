@@ -31,14 +31,13 @@ writer_of: Callable[[Any, Mapping[str, Any]], Writer | None] = lambda func, kwar
 #: These describe a tensor, or give another handle on it: nothing is computed from its bytes. (One that is missing here
 #: costs an entry and no false alarm.)
 _NO_READ = frozenset(
-    """
-    __get__ __set__ __delete__ __hash__ __len__ __reduce_ex__ size dim ndimension stride numel nelement element_size
-    storage_offset data_ptr untyped_storage storage is_contiguous is_pinned is_shared get_device type register_hook
-    register_post_accumulate_grad_hook retain_grad requires_grad_ share_memory_ is_floating_point is_complex is_conj
-    is_neg detach detach_ view view_as reshape contiguous t transpose permute expand expand_as squeeze unsqueeze narrow
-    unflatten flatten chunk split unbind select movedim swapaxes as_strided zeros_like ones_like empty_like rand_like
-    randn_like full_like new_zeros new_ones new_empty new_full new_tensor result_type can_cast
-    """.split()
+    [
+        *("__get__", "__set__", "__hash__", "__len__", "size", "dim", "ndimension", "stride", "numel", "nelement"),
+        *("element_size", "storage_offset", "data_ptr", "is_contiguous", "get_device", "is_floating_point"),
+        *("is_complex", "requires_grad_", "register_hook", "detach", "view", "view_as", "t", "transpose", "permute"),
+        *("expand", "expand_as", "squeeze", "unsqueeze", "narrow", "chunk", "split", "unbind", "select", "zeros_like"),
+        *("ones_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty"),
+    ]
 )
 
 _FAST_PATHS = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder)
@@ -306,7 +305,7 @@ def _compiled_code() -> bool:
 
 
 def _is_watched() -> bool:
-    return _policy.innermost() is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return _policy.innermost() is not None and not torch.compiler.is_compiling()
 
 
 class _Recorded:
@@ -342,7 +341,7 @@ def checkpoint_hook(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[s
 
     def match(*args: Any) -> None:
         # PyTorch compares what was saved with what is saved now. What it refuses, it refuses in its own words.
-        frame = hold()
+        frame: Any = hold()
         type(frame).check_recomputed_tensors_match(frame, *args)
         recomputation.report()
 

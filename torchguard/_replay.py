@@ -28,12 +28,12 @@ from torchguard._writers import Writer, all_tensors, substituted
 
 #: Calls whose result is about the tensor and not computed from its bytes, or that must not be made twice.
 _PASSED_ON = frozenset(
-    """
-    __get__ __set__ __delete__ __repr__ __hash__ __format__ __len__ __reduce_ex__ __deepcopy__ size dim ndimension
-    stride numel nelement element_size storage_offset data_ptr untyped_storage storage is_contiguous is_pinned
-    is_shared get_device type register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward
-    grad share_memory_ is_floating_point is_complex is_conj is_neg
-    """.split()
+    [
+        *("__get__", "__set__", "__repr__", "__hash__", "__format__", "__len__", "__reduce_ex__", "__deepcopy__"),
+        *("size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "storage_offset", "data_ptr"),
+        *("untyped_storage", "storage", "is_contiguous", "is_pinned", "is_shared", "get_device", "register_hook"),
+        *("register_post_accumulate_grad_hook", "retain_grad", "requires_grad_", "backward", "grad", "share_memory_"),
+    ]
 )
 #: Calls that hand the bytes to somebody who cannot be followed.
 _ESCAPES = frozenset({"numpy", "__array__", "__dlpack__", "to_dlpack"})
@@ -68,7 +68,7 @@ def _over(
     shape: Sequence[int],
     stride: Sequence[int],
 ) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype, device=like.device).set_(storage, offset, shape, stride)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=dtype, device=like.device).set_(storage, offset, shape, stride)
 
 
 class _Call:
@@ -99,7 +99,7 @@ class _Call:
     def gradients(self, values: Mapping[int, torch.Tensor]) -> list[torch.Tensor | None]:
         """What backward computes for each input, given some gradients of the outputs, always the same."""
         written = {id(tensor) for tensor in self.written}
-        with torch.enable_grad(), _torch.without_hooks():
+        with torch.enable_grad(), _torch.without_hooks(), _torch.unseen():
             leaves: list[torch.Tensor] = []
             stand_ins = {}
             for tensor in self.tensors:
@@ -111,13 +111,12 @@ class _Call:
             outputs = [tensor for tensor in all_tensors(self.on(stand_ins)) if tensor.requires_grad]
             if not outputs:
                 return []
-            with _torch.unseen():
-                generator = torch.Generator(outputs[0].device).manual_seed(0)
-                directions = [
-                    torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator)
-                    for tensor in outputs
-                ]
-                return list(torch.autograd.grad(outputs, leaves, directions, allow_unused=True))
+            generator = torch.Generator(outputs[0].device).manual_seed(0)
+            directions = [
+                torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator)
+                for tensor in outputs
+            ]
+            return list(torch.autograd.grad(outputs, leaves, directions, allow_unused=True))
 
 
 class _Active(threading.local):
@@ -174,7 +173,7 @@ class Replay(TorchFunctionMode):
         self._pair: _torch.Hooks = (pack, inner[1])
         _torch.push_hooks(self._pair)
         _active.replays += (self,)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -304,5 +303,3 @@ class Replay(TorchFunctionMode):
             # A number goes where nobody can follow it. One from a counter that the function itself moves differs at
             # each run, and is its own business.
             self.guilty |= blame - self._written_inside
-
-

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Run, add, program
+from harness import Run, add
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
-    checkpoint_sequential,
     create_selective_checkpoint_contexts,
     set_checkpoint_early_stop,
 )
@@ -98,8 +96,6 @@ class _Block(nn.Module):
         h = (h + F.embedding(self.rows, self.table)).exp()
         h = torch.where(self.keep, h, h.sin())
         return torch.tanh(h * self.scales["out"])
-
-
 
 
 WRITES: dict[str, Callable[[_Block], Any]] = {
@@ -371,3 +367,230 @@ def _other_parts() -> None:
 
 
 _other_parts()
+
+
+# ---- what the function writes itself ---------------------------------------------------------------------------------
+
+
+class _Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.cumulative = nn.BatchNorm1d(4, momentum=None)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("average", torch.zeros(4))
+        self.register_buffer("cache", torch.zeros(3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        h = self.cumulative(self.norm(self.linear(x))).tanh()
+        with torch.no_grad():
+            self.average.mul_(0.9).add_(h.mean(0), alpha=0.1)
+            self.cache.copy_(h)
+        return (h * self.cache).exp()
+
+
+def _own_writes() -> None:
+    for kind_name, kind in KINDS.items():
+        name = f"checkpoint_{kind_name}_weight_of_a_module_that_counts"
+
+        def counting(run: Run, write: Any, kind: Kind = kind) -> Any:
+            model, x = _Counting(), torch.randn(3, 4, requires_grad=True)
+            out = kind(run, model, x)
+            with torch.no_grad():
+                run.write(write, model)
+            out.sum().backward()
+            return [x.grad, *(p.grad for p in model.parameters())]
+
+        add(
+            lambda run, counting=counting: counting(run, lambda model: model.norm.weight.mul_(3)),
+            name=name,
+            route=ROUTE,
+            kind="corrupting",
+            caught="read",
+            every_call="read",
+        )
+        for what, write in {
+            "statistics": lambda model: model.norm.running_mean.add_(1),
+            "variance": lambda model: model.norm.running_var.data.mul_(2),
+            "counter": lambda model: model.steps.add_(5),
+            "its_average": lambda model: model.average.add_(5),
+            "its_cache": lambda model: model.cache.add_(5),
+            "batches": lambda model: model.cumulative.num_batches_tracked.add_(5),
+            "bias_before_norm": lambda model: torch.zeros(3).add_(1),
+        }.items():
+            add(
+                lambda run, counting=counting, write=write: counting(run, write),
+                name=f"{name}_{what}",
+                route=ROUTE,
+                kind="innocent",
+                twin_of=name,
+            )
+
+        def evaluated(run: Run, write: Any, kind: Kind = kind) -> Any:
+            model, x = _Counting().eval(), torch.randn(3, 4, requires_grad=True)
+            out = kind(run, lambda x: model.norm(model.linear(x)).tanh(), x)
+            with torch.no_grad():
+                run.write(write, model)
+            out.sum().backward()
+            return [x.grad, *(p.grad for p in model.parameters())]
+
+        name = f"checkpoint_{kind_name}_statistics_in_evaluation"
+        add(
+            lambda run, evaluated=evaluated: evaluated(run, lambda model: model.norm.running_mean.add_(1)),
+            name=name,
+            route=ROUTE,
+            kind="corrupting",
+            caught="read",
+            every_call="read",
+        )
+        add(
+            lambda run, evaluated=evaluated: evaluated(run, lambda model: model.norm.num_batches_tracked.add_(1)),
+            name=f"{name}_counter",
+            route=ROUTE,
+            kind="innocent",
+            twin_of=name,
+        )
+
+        def writes_what_it_read(run: Run, kind: Kind = kind) -> Any:
+            scale, x = torch.full((4,), 2.0), torch.randn(3, 4, requires_grad=True)
+
+            def body(x: torch.Tensor) -> torch.Tensor:
+                h = (x * scale).exp()
+                run.write(lambda: scale.mul_(0.5))
+                return h
+
+            kind(run, body, x).sum().backward()
+            return [x.grad]
+
+        def reads_what_it_wrote(run: Run, kind: Kind = kind) -> Any:
+            scale, x = torch.full((4,), 2.0), torch.randn(3, 4, requires_grad=True)
+
+            def body(x: torch.Tensor) -> torch.Tensor:
+                run.write(lambda: scale.add_(1))
+                scale.copy_(x.detach()[0])
+                return (x * scale).exp()
+
+            kind(run, body, x).sum().backward()
+            return [x.grad]
+
+        if kind_name.endswith("reentrant") and kind_name != "non_reentrant":
+            continue  # PyTorch refuses it: it computes the whole graph again
+        name = f"checkpoint_{kind_name}_writes_what_it_read"
+        add(writes_what_it_read, name=name, route=ROUTE, kind="corrupting", caught="read", every_call="read")
+        add(reads_what_it_wrote, name=f"{name}_only_after", route=ROUTE, kind="innocent", twin_of=name)
+
+
+_own_writes()
+
+
+# ---- modules as they come --------------------------------------------------------------------------------------------
+
+
+class _Lstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x[None])[0][0].tanh()
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x[None])[0]
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, scale)
+        return x * x * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, scale = ctx.saved_tensors
+        return 2 * x * scale * grads[0], None
+
+
+class _Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Square.apply(self.linear(x), self.linear.bias)
+
+
+class _InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.first(x), inplace=True)
+        h = self.second(h).mul_(2)
+        h[0] = h[1] * 2
+        return h.add_(1).sigmoid_()
+
+
+class _Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.linear(x).float().tanh()
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "mlp": _mlp,
+    "lstm": _Lstm,
+    "attention": _Attention,
+    "attention_in_evaluation": lambda: _Attention().eval(),
+    "custom_function": _Custom,
+    "in_place": _InPlace,
+    "autocast": _Autocast,
+    "dropout": lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 4), nn.GELU()),
+    "convolution": lambda: nn.Sequential(nn.Unflatten(0, (1, 3)), nn.Conv1d(3, 3, 3, padding=1), nn.Softmax(-1)),
+    "norms": lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.GroupNorm(2, 4), nn.SiLU(), nn.LayerNorm(4)),
+    "weight_norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Tanh()),
+    "spectral_norm": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)).eval(), nn.Tanh()),
+}
+
+
+def _modules() -> None:
+    for kind_name in ("reentrant", "non_reentrant", "selective", "nested", "nested_reentrant"):
+        kind = KINDS[kind_name]
+        for module_name, make in MODULES.items():
+            if (kind_name, module_name) == ("nested_reentrant", "attention_in_evaluation"):
+                continue  # the fast path computes other bits, and the outer function saves them
+            name = f"checkpoint_{kind_name}_module_{module_name}"
+
+            def before(run: Run, kind: Kind = kind, make: Any = make) -> Any:
+                module, x = make(), torch.randn(3, 4, requires_grad=True)
+                out = kind(run, module, x)
+                with torch.no_grad():
+                    run.write(lambda: torch._foreach_mul_(list(module.parameters()), 0.5))
+                out.sum().backward()
+                return [x.grad, *(p.grad for p in module.parameters())]
+
+            def after(run: Run, kind: Kind = kind, make: Any = make) -> Any:
+                module, x = make(), torch.randn(3, 4, requires_grad=True)
+                for _ in range(2):
+                    kind(run, module, x).sum().backward()
+                    with torch.no_grad():
+                        run.write(lambda: torch._foreach_mul_(list(module.parameters()), 0.5))
+                return [x.grad, *(p.grad for p in module.parameters())]
+
+            add(before, name=name, route=ROUTE, kind="corrupting", caught="read", every_call="read")
+            add(after, name=f"{name}_after", route=ROUTE, kind="innocent", twin_of=name, truth="cloned saves")
+
+
+_modules()
