@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torchguard import _hooks, _memory, _places, _policy, _recompute, _refusal, _torch, _writers, _writes
 from torchguard._aliases import ALIASES
 from torchguard._reads import DETACHED
-from torchguard._rereads import rereads_of
+from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
 
@@ -291,13 +291,13 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     The guard drops its weak references, and for the time of the call PyTorch holds what the guard's saves hold for it.
     """
     held = []
-    for tensor in _writers.tensors_in([*args, *kwargs.values()]):
+    tensors = _writers.tensors_in([*args, *kwargs.values()])
+    for tensor in tensors:
         ALIASES.forget(tensor)
-        for entry in rereads_of(tensor):
-            entry.forget()
         held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor)]
     try:
-        return wrapped(*args, **kwargs)
+        with let_go(tensors, "swap_tensors()"):
+            return wrapped(*args, **kwargs)
     finally:
         held.clear()
 

@@ -75,13 +75,11 @@ class Recomputation:
         self.entries.append(entry)
         return entry
 
-    def recorder(self, function: Any, closed_over: Any = None) -> AbstractContextManager[Any]:
+    def recorder(self, function: Any, arguments: Any) -> AbstractContextManager[Any]:
         """Records, as long as it is entered, what is read."""
-        reached = list(_reached((function, closed_over)))
-        modules = [item for item in reached if isinstance(item, torch.nn.Module)]
-        if _compiled_code() or any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-            self.opaque = True
-        elif not any(isinstance(module, _FAST_PATHS) and not module.training for module in modules):
+        reached = list(_reached((function, arguments)))
+        self.opaque = any(isinstance(item, torch.jit.ScriptModule) or _torch.is_compiled(item) for item in reached)
+        if not self.opaque and not any(isinstance(item, _FAST_PATHS) and not item.training for item in reached):
             return _Recorder(self)
         for item in reached:
             if isinstance(item, torch.Tensor):
@@ -251,36 +249,43 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 # ---- what a function can reach -----------------------------------------------------------------------------------
 
 _MOST = 20_000
+_NOTHING_INSIDE = frozenset({type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.dtype})
+#: What every module has; the first three are looked into.
+_IN_EVERY_MODULE = vars(torch.nn.Module()).keys()
 
 
 def _reached(start: Any) -> Iterator[Any]:
-    """Tensors and modules that a function can get at through what it closes over, is bound to or names."""
+    """Tensors, modules and functions that a function can get at through what it closes over, is bound to or names."""
     seen: set[int] = set()
     todo = [start]
     while todo and len(seen) < _MOST:
         item = todo.pop()
-        if id(item) in seen or isinstance(item, (str, int, float, bytes, type, types.ModuleType)):
+        kind = type(item)
+        if kind in _NOTHING_INSIDE or id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
             yield item
         elif isinstance(item, torch.nn.Module):
             yield item
-            todo += vars(item).values()
+            own = vars(item)
             if isinstance(item, torch.jit.ScriptModule):
-                yield from item.parameters()
-                yield from item.buffers()
+                todo += [*item.parameters(), *item.buffers()]
+            else:
+                todo += [*own["_parameters"].values(), *own["_buffers"].values(), *own["_modules"].values()]
+                todo += [own[name] for name in own.keys() - _IN_EVERY_MODULE]
+        elif kind is types.FunctionType:
+            yield item
+            todo += [item.__defaults__, item.__kwdefaults__, *_named_by(item)]
+        elif kind is types.MethodType:
+            todo += [item.__self__, item.__func__]
         elif isinstance(item, (list, tuple, set, frozenset)):
             todo += item
         elif isinstance(item, dict):
             todo += item.values()
         elif isinstance(item, functools.partial):
             todo += [item.func, item.args, item.keywords]
-        elif isinstance(item, types.MethodType):
-            todo += [item.__self__, item.__func__]
-        elif isinstance(item, types.FunctionType):
-            todo += [item.__defaults__, item.__kwdefaults__, *_named_by(item)]
-        elif isinstance(getattr(item, "__dict__", None), dict) and not isinstance(item, type):
+        elif not isinstance(item, type) and isinstance(getattr(item, "__dict__", None), dict):
             todo += vars(item).values()
 
 
@@ -294,11 +299,6 @@ def _named_by(function: types.FunctionType) -> Iterator[Any]:
         for name in function.__code__.co_names:
             if name in function.__globals__:
                 yield function.__globals__[name]
-
-
-def _compiled_code() -> bool:
-    """Whether torch.compile has been asked for anything in this process."""
-    return _torch.compile_was_asked_for()
 
 
 # ---- where checkpoints pass --------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def checkpoint_hook(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[s
 
     frame.recompute_fn = recompute
     frame.check_recomputed_tensors_match = match
-    return _Recorded(hooks, recomputation.recorder(local.get("fn"), local.get("kwargs")))
+    return _Recorded(hooks, recomputation.recorder(local.get("fn"), (local.get("args"), local.get("kwargs"))))
 
 
 def checkpoint_forward(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -360,7 +360,10 @@ def checkpoint_forward(original: Any, _: Any, args: tuple[Any, ...], kwargs: dic
     def needed() -> bool:
         """The node outlives a backward that has let go of its saves."""
         node = hold()
-        return node is not None and _torch.keeps_its_saves(node)
+        if node is not None and _torch.keeps_its_saves(node):
+            return True
+        recomputation.entries.clear()
+        return False
 
     recomputation = Recomputation(rest[1:], needed)
     shapes: list[list[torch.Size]] = []
@@ -369,7 +372,7 @@ def checkpoint_forward(original: Any, _: Any, args: tuple[Any, ...], kwargs: dic
         if not shapes:
             replay = _replay.innermost()
             inner = nullcontext() if replay is None else replay.inner_checkpoint()
-            with recomputation.recorder(function), inner:
+            with recomputation.recorder(function, rest[1:]), inner:
                 result = function(*args)
             shapes.append([tensor.shape for tensor in _tensors_in(result)])
             return result

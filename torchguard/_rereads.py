@@ -13,7 +13,8 @@ more, because entries die with the graph.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from weakref import ref
 
 import torch
@@ -66,9 +67,14 @@ class Reread(Save):
         tensor = None if self._root is None else self._root()
         return _GONE if tensor is None else tensor
 
-    def forget(self) -> None:
-        """Watch the tensor no longer."""
+    def let_go(self) -> None:
+        """Drop the weak hold on the tensor: something is about to ask for one that nobody has a weak hold on."""
         self._root = None
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Take it up again."""
+        self._root = ref(tensor)
+        self.follow()
 
     @property
     def moved(self) -> bool:
@@ -149,6 +155,20 @@ def note_write(entries: Iterable[Reread], operation: str) -> None:
         remarks.compare = True
         remarks.writer = ("recompute", operation, here)
         entry.allowed = _policy.state.reasons[-1] if _policy.state.reasons else None
+
+
+@contextmanager
+def let_go(tensors: Iterable[torch.Tensor], operation: str) -> Iterator[None]:
+    """Do something that writes to these and refuses those that somebody has a weak hold on."""
+    held = [(tensor, entry) for tensor in tensors for entry in rereads_of(tensor)]
+    note_write([entry for _, entry in held], operation)
+    for _, entry in held:
+        entry.let_go()
+    try:
+        yield
+    finally:
+        for tensor, entry in held:
+            entry.hold(tensor)
 
 
 def rereads_of(tensor: torch.Tensor) -> list[Reread]:

@@ -7,7 +7,6 @@ guard can say what it does not watch instead of crashing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -237,11 +236,12 @@ def keeps_its_saves(node: Any) -> bool:
         return False
 
 
-def compile_was_asked_for() -> bool:
-    """Whether ``torch.compile`` was called in this process."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    backends = {} if dynamo is None else getattr(dynamo, "cached_backends", {0: 0})
-    return any(backend is not None for backend in backends.values())
+def is_compiled(item: Any) -> bool:
+    """Whether a module or function runs what ``torch.compile`` has made."""
+    return hasattr(item, "_torchdynamo_orig_callable") or (
+        isinstance(item, torch.nn.Module)
+        and (item._compiled_call_impl is not None or type(item).__name__ == "OptimizedModule")
+    )
 
 
 def missing() -> list[str]:
@@ -251,6 +251,7 @@ def missing() -> list[str]:
         told.append("torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions")
     if _top is None:
         told.append("torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering")
-    if not hasattr(*CHECKPOINT_HOOK):
+    module, hook = CHECKPOINT_HOOK
+    if not hasattr(module, hook):
         told.append("torch.utils.checkpoint has no _checkpoint_hook: what non-reentrant checkpoints read")
     return told
