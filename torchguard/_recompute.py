@@ -362,10 +362,13 @@ def checkpoint_forward(original: Any, _: Any, args: tuple[Any, ...], kwargs: dic
         node = hold()
         if node is not None and _torch.keeps_its_saves(node):
             return True
-        recomputation.entries.clear()
+        owner = there()
+        if owner is not None:
+            owner.entries.clear()
         return False
 
     recomputation = Recomputation(rest[1:], needed)
+    there = ref(recomputation)
     shapes: list[list[torch.Size]] = []
 
     def run(*args: Any) -> Any:

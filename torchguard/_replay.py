@@ -119,6 +119,13 @@ class _Call:
             return list(torch.autograd.grad(outputs, leaves, directions, allow_unused=True))
 
 
+def _same(one: list[torch.Tensor | None], other: list[torch.Tensor | None]) -> bool:
+    return len(one) == len(other) and all(
+        a is b is None or (a is not None and b is not None and _memory.same_bytes(a, b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
 class _Active(threading.local):
     replays: tuple[Replay, ...] = ()
 
@@ -248,8 +255,7 @@ class Replay(TorchFunctionMode):
         writer = self._writer_of(func, kwargs)
         call = _Call(func, args, kwargs, tensors, [] if writer is None else writer.targets(args, kwargs))
         try:
-            if self._differentiated(call):
-                self.guilty |= blame
+            self.guilty |= self._at_fault(call, blame)
             with _torch.hidden():
                 for target in call.written:
                     self._cast(target, blame)
@@ -270,18 +276,24 @@ class Replay(TorchFunctionMode):
         shadow = self._shadows.get(_memory.storage_of(tensor))
         return tensor.detach() if shadow is None else shadow.of(tensor)
 
-    def _differentiated(self, call: _Call) -> bool:
-        """Whether the call's gradient is another one on the shadows."""
+    def _at_fault(self, call: _Call, blame: set[Reread]) -> set[Reread]:
+        """What makes the call's gradient another one than on the shadows."""
         if not (torch.is_grad_enabled() or self._inner) or not any(tensor.requires_grad for tensor in call.tensors):
-            return False
+            return set()
         with _torch.hidden():
             here = {id(tensor): tensor.detach() for tensor in call.tensors}
             there = {id(tensor): self._shadow_of(tensor) for tensor in call.tensors}
-        one, other = call.gradients(here), call.gradients(there)
-        return len(one) != len(other) or not all(
-            a is b is None or (a is not None and b is not None and _memory.same_bytes(a, b))
-            for a, b in zip(one, other, strict=True)
-        )
+        found = call.gradients(here)
+        if _same(found, call.gradients(there)):
+            return set()
+        at_fault: set[Reread] = set()
+        shadowed = {_memory.storage_of(tensor) for tensor in call.tensors} & self._shadows.keys()
+        if len(shadowed) > 1:  # one at a time
+            for storage in shadowed:
+                moved = {id(one): there[id(one)] for one in call.tensors if _memory.storage_of(one) == storage}
+                if not _same(found, call.gradients(here | moved)):
+                    at_fault |= self._shadows[storage].blame
+        return at_fault or blame
 
     def _compare_results(self, result: Any, instead: Any, blame: set[Reread], inputs: set[int]) -> None:
         if isinstance(result, torch.Tensor) and isinstance(instead, torch.Tensor):

@@ -101,7 +101,7 @@ def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watche
             watched.append(storage)
         rereads = [save for save in saves if isinstance(save, Reread)]
         if rereads:
-            note_write([entry for entry in rereads if _may_overlap(target, entry)], writer.title)
+            note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
             saves = [save for save in saves if not isinstance(save, Reread)]
         counted = writer.counts(target, args, kwargs)
         hits += [_Hit(save, target, counted) for save in saves if _is_silent(writer, counted, target, save)]
@@ -114,6 +114,14 @@ def _is_silent(writer: Writer, counted: bool, target: torch.Tensor, save: Save) 
     if target.requires_grad and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled())):
         return False  # PyTorch refuses the call
     return _may_overlap(target, save) and not (counted and _memory.shares_counter(target, save.tensor))
+
+
+def _is_touched(target: torch.Tensor, entry: Reread) -> bool:
+    if _may_overlap(target, entry):
+        return True
+    if _memory.shares_counter(target, entry.tensor):
+        entry.keep_proof()  # its version is about to move for nothing
+    return False
 
 
 def _may_overlap(target: torch.Tensor, save: Save) -> bool:

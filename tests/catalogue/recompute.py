@@ -16,10 +16,14 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
+import torchguard
+
 Body = Callable[..., Any]
 Kind = Callable[..., Any]
 
 ROUTE = "checkpoint"
+
+torch.utils.swap_tensors(torch.ones(1), torch.ones(1))  # has Python note the slots of torch.Tensor, once and for all
 
 
 # ---- kinds of checkpoint --------------------------------------------------------------------------------------------
@@ -594,3 +598,248 @@ def _modules() -> None:
 
 
 _modules()
+
+
+# ---- arguments, and what else can be at hand -------------------------------------------------------------------------
+
+GLOBAL = torch.ones(4)
+
+
+def _body(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x * scale).exp()
+
+
+def _arguments() -> None:
+    """How the function comes by a tensor; what is an argument is saved, and PyTorch and the guard watch it as ever."""
+    forms: dict[str, Callable[[Run, Kind, torch.Tensor, torch.Tensor], Any]] = {
+        "closure": lambda run, kind, x, t: kind(run, lambda x: _body(x, t), x),
+        "default": lambda run, kind, x, t: kind(run, lambda x, t=t: _body(x, t), x),
+        "partial": lambda run, kind, x, t: kind(run, functools.partial(_body, scale=t), x),
+        "list": lambda run, kind, x, t: kind(run, lambda x, items: _body(x, items[0]), x, [t]),
+        "dictionary": lambda run, kind, x, t: kind(run, lambda x, items: _body(x, **items), x, {"scale": t}),
+        "view": lambda run, kind, x, t: kind(run, lambda x: _body(x, t[None].expand(3, 4).contiguous()), x),
+        "data": lambda run, kind, x, t: kind(run, lambda x: _body(x, t.data), x),
+        "array": lambda run, kind, x, t: kind(run, lambda x: _body(x, torch.tensor(t.tolist())), x),
+        "ops": lambda run, kind, x, t: kind(run, lambda x: torch.ops.aten.mul.Tensor(x, t).exp(), x),
+        "global": lambda run, kind, x, t: (GLOBAL.set_(t), kind(run, lambda x: _body(x, GLOBAL), x))[1],
+    }
+    for kind_name, kind in KINDS.items():
+        for form_name, form in forms.items():
+            if (kind_name, form_name) == ("selective", "array"):
+                continue
+            name = f"checkpoint_{kind_name}_reads_from_{form_name}"
+
+            def corrupting(run: Run, kind: Kind = kind, form: Any = form) -> Any:
+                x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+                out = form(run, kind, x, t)
+                run.write(lambda: t.add_(1))
+                out.sum().backward()
+                return [x.grad]
+
+            def written_before(run: Run, kind: Kind = kind, form: Any = form) -> Any:
+                x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+                for _ in range(3):
+                    run.write(lambda: t.add_(1))
+                    form(run, kind, x, t).sum().backward()
+                return [x.grad]
+
+            add(corrupting, name=name, route=ROUTE, kind="corrupting", caught="read", every_call="read")
+            add(written_before, name=f"{name}_later", route=ROUTE, kind="innocent", twin_of=name, truth="cloned saves")
+
+        def argument(run: Run, write: Any, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            out = kind(run, _body, x, t)
+            run.write(write, t)
+            out.sum().backward()
+            return [x.grad]
+
+        def argument_after(run: Run, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            out = kind(run, _body, x, t)
+            out.sum().backward()
+            run.write(lambda: t.data.add_(1))
+            return [x.grad]
+
+        name = f"checkpoint_{kind_name}_argument"
+        add(
+            lambda run, argument=argument: argument(run, lambda t: t.add_(1)),
+            name=f"{name}_tracked",
+            route=ROUTE,
+            kind="refused",
+        )
+        if kind_name != "nested_reentrant":
+            add(
+                lambda run, argument=argument: argument(run, lambda t: t.data.add_(1)),
+                name=f"{name}_silent",
+                route=ROUTE,
+                kind="corrupting",
+            )
+            add(argument_after, name=f"{name}_after", route=ROUTE, kind="innocent", twin_of=f"{name}_silent")
+
+
+_arguments()
+
+
+# ---- several graphs, several backwards -------------------------------------------------------------------------------
+
+
+def _lifetimes() -> None:
+    for kind_name, kind in KINDS.items():
+
+        def between_two_backwards(run: Run, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            out = kind(run, lambda x: _body(x, t), x).sum()
+            out.backward(retain_graph=True)
+            run.write(lambda: t.mul_(2))
+            out.backward()
+            return [x.grad]
+
+        def after_two_backwards(run: Run, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            out = kind(run, lambda x: _body(x, t), x).sum()
+            out.backward(retain_graph=True)
+            out.backward()
+            run.write(lambda: t.mul_(2))
+            return [x.grad]
+
+        def one_of_two_graphs(run: Run, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            one = kind(run, lambda x: _body(x, t), x).sum()
+            other = kind(run, lambda x: _body(x, t), x).sum()
+            one.backward()
+            run.write(lambda: t.mul_(2))
+            other.backward()
+            return [x.grad]
+
+        def dropped_graph(run: Run, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            out = kind(run, lambda x: _body(x, t), x).sum()
+            del out
+            run.write(lambda: t.mul_(2))
+            kind(run, lambda x: _body(x, t), x).sum().backward()
+            return [x.grad]
+
+        def without_graph(run: Run, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            with torch.no_grad():
+                out = kind(run, lambda x: _body(x, t), x)
+            run.write(lambda: t.mul_(2))
+            (out * x).sum().backward()
+            return [x.grad]
+
+        def between_segments(run: Run, kind: Kind = kind) -> Any:
+            x, layers = torch.randn(3, 4, requires_grad=True), [nn.Linear(4, 4) for _ in range(3)]
+            h = x
+            for layer in layers:
+                h = kind(run, lambda h, layer=layer: layer(h).tanh(), h)
+            with torch.no_grad():
+                run.write(lambda: layers[1].bias.sub_(1))
+            h.sum().backward()
+            return [x.grad, *(layer.weight.grad for layer in layers)]
+
+        def averaged(run: Run, kind: Kind = kind) -> Any:
+            x, layer, average = torch.randn(3, 4, requires_grad=True), nn.Linear(4, 4), nn.Linear(4, 4)
+            for _ in range(2):
+                with torch.no_grad():
+                    target = kind(run, average, x)
+                out = kind(run, lambda x: layer(x).tanh(), x)
+                run.write(lambda: average.weight.data.lerp_(layer.weight.data, 0.1))
+                (out * target).sum().backward()
+            return [x.grad, layer.weight.grad]
+
+        def updated_in_hooks(run: Run, kind: Kind = kind) -> Any:
+            """``register_post_accumulate_grad_hook``: each parameter is updated as soon as its gradient is there."""
+            x, layers = torch.randn(3, 4, requires_grad=True), [nn.Linear(4, 4) for _ in range(3)]
+
+            def update(p: torch.Tensor) -> None:
+                with torch.no_grad():
+                    run.write(lambda: p.sub_(0.1 * p.grad))
+                p.grad = None
+
+            for layer in layers:
+                for p in layer.parameters():
+                    p.register_post_accumulate_grad_hook(update)
+            for _ in range(2):
+                h = x
+                for layer in layers:
+                    h = kind(run, lambda h, layer=layer: layer(h).tanh(), h)
+                h.sum().backward()
+            return [x.grad, *(p for layer in layers for p in layer.parameters())]
+
+        def allowed(run: Run, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            out = kind(run, lambda x: _body(x, t), x).sum()
+            with torchguard.allow("it is meant"):
+                run.write(lambda: t.mul_(2))
+            out.backward()
+            return [x.grad]
+
+        def in_another_thread(run: Run, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            out = kind(run, lambda x: _body(x, t), x).sum()
+            run.in_thread(lambda: run.write(lambda: t.mul_(2)))
+            out.backward()
+            return [x.grad]
+
+        def part_of_a_flat_buffer(run: Run, kind: Kind = kind) -> Any:
+            flat, x = torch.randn(8), torch.randn(3, 4, requires_grad=True)
+            one = nn.Parameter(flat[:4])
+            out = kind(run, lambda x: _body(x, one), x).sum()
+            run.write(lambda: flat[:4].add_(1))
+            out.backward()
+            return [x.grad, one.grad]
+
+        def other_part_of_a_flat_buffer(run: Run, kind: Kind = kind) -> Any:
+            flat, x = torch.randn(8), torch.randn(3, 4, requires_grad=True)
+            one = nn.Parameter(flat[:4])
+            out = kind(run, lambda x: _body(x, one), x).sum()
+            run.write(lambda: flat[4:].add_(1))
+            out.backward()
+            return [x.grad, one.grad]
+
+        def swapped(run: Run, kind: Kind = kind) -> Any:
+            x, t = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+            out = kind(run, lambda x: _body(x, t), x).sum()
+            run.write(lambda: torch.utils.swap_tensors(t, torch.ones(4)))
+            out.backward()
+            return [x.grad]
+
+        def vector_to_parameters(run: Run, kind: Kind = kind) -> Any:
+            layer, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+            out = kind(run, lambda x: layer(x).tanh(), x).sum()
+            run.write(lambda: nn.utils.vector_to_parameters(torch.ones(20), layer.parameters()))
+            out.backward()
+            return [x.grad, layer.bias.grad]
+
+        def name_of(body: Any, kind_name: str = kind_name) -> str:
+            return f"checkpoint_{kind_name}_{body.__name__}"
+
+        read = {"caught": "read", "every_call": "read"}
+        for body in (one_of_two_graphs, between_segments, in_another_thread, part_of_a_flat_buffer, swapped):
+            add(body, name=name_of(body), route=ROUTE, kind="corrupting", **read)
+        add(vector_to_parameters, name=name_of(vector_to_parameters), route=ROUTE, kind="corrupting", **read)
+        add(between_two_backwards, name=name_of(between_two_backwards), route=ROUTE, kind="corrupting", **read)
+        add(allowed, name=name_of(allowed), route=ROUTE, kind="corrupting", allowed=True, **read)
+        for body, twin_of in (
+            (after_two_backwards, between_two_backwards),
+            (dropped_graph, one_of_two_graphs),
+            (dropped_graph, swapped),
+            (without_graph, in_another_thread),
+            (averaged, between_segments),
+            (updated_in_hooks, vector_to_parameters),
+            (other_part_of_a_flat_buffer, part_of_a_flat_buffer),
+            (after_two_backwards, allowed),
+        ):
+            add(
+                body,
+                name=f"{name_of(body)}_twin_of_{twin_of.__name__}",
+                route=ROUTE,
+                kind="innocent",
+                truth="without the write"
+                if body in (after_two_backwards, other_part_of_a_flat_buffer)
+                else "cloned saves",
+                twin_of=name_of(twin_of),
+            )
+
+
+_lifetimes()
