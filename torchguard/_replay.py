@@ -12,6 +12,7 @@ All of this is paid for only where something that a checkpoint read has changed.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ class _Call:
         self.args = list(args)
         self.kwargs = kwargs
         self.tensors = tensors
-        self.written = written
+        self.written = [*written, *_written_in_place(func, args, kwargs)]
 
     def on(self, stand_ins: Mapping[int, torch.Tensor]) -> Any:
         """Its result on other tensors, by the id of the one that each stands for; draws what the call will draw."""
@@ -96,18 +97,21 @@ class _Call:
                 **{name: substituted(value, stand_ins) for name, value in self.kwargs.items()},
             )
 
-    def gradients(self, values: Mapping[int, torch.Tensor]) -> list[torch.Tensor | None]:
-        """What backward computes for each input, given some gradients of the outputs, always the same."""
+    def gradients(self, values: Mapping[int, torch.Tensor], grown: set[int]) -> list[torch.Tensor | None]:
+        """What backward computes for each input, given some gradients of the outputs, always the same.
+
+        Works on copies: a call may write to what its schema does not say (BatchNorm to its statistics).
+        """
         written = {id(tensor) for tensor in self.written}
         with torch.enable_grad(), _torch.without_hooks(), _torch.unseen():
             leaves: list[torch.Tensor] = []
             stand_ins = {}
             for tensor in self.tensors:
-                value = values[id(tensor)].detach()
-                if tensor.requires_grad:
+                value = values[id(tensor)].detach().clone()
+                if tensor.requires_grad or _memory.storage_of(tensor) in grown:
                     leaves.append(value.requires_grad_())
-                # Nothing is written to a leaf, or to what belongs to the program.
-                stand_ins[id(tensor)] = value * 1 if id(tensor) in written else value
+                # Nothing is written to a leaf.
+                stand_ins[id(tensor)] = value * 1 if id(tensor) in written and value.requires_grad else value
             outputs = [tensor for tensor in all_tensors(self.on(stand_ins)) if tensor.requires_grad]
             if not outputs:
                 return []
@@ -117,6 +121,17 @@ class _Call:
                 for tensor in outputs
             ]
             return list(torch.autograd.grad(outputs, leaves, directions, allow_unused=True))
+
+
+def _written_in_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """What ``F.relu(x, inplace=True)`` and the like write to."""
+    if not inspect.isfunction(func):
+        return []
+    try:
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return []
+    return [value for value in list(given.values())[:1] if given.get("inplace") and isinstance(value, torch.Tensor)]
 
 
 def _same(one: list[torch.Tensor | None], other: list[torch.Tensor | None]) -> bool:
@@ -163,6 +178,8 @@ class Replay(TorchFunctionMode):
         self._shadows: dict[int, _Shadow] = {}
         self._judged = 0  # not 0 while a call is made whose gradient has been compared
         self._inner = 0  # not 0 while a checkpoint inside runs its function without a graph
+        #: Storages of what has no graph there, and will have one when that checkpoint recomputes.
+        self._grown: set[int] = set()
         with _torch.hidden():
             for entry in changed:
                 try:
@@ -227,6 +244,27 @@ class Replay(TorchFunctionMode):
         with _torch.no_torch_function():
             tensors = list(all_tensors([*args, *kwargs.values()]))
             shadowed = {_memory.storage_of(tensor) for tensor in tensors} & self._shadows.keys()
+        if not self._inner:
+            return self._follow(func, args, kwargs, tensors, shadowed, name)
+        with _torch.no_torch_function():
+            recorded = self._would_record(tensors)
+        result = self._follow(func, args, kwargs, tensors, shadowed, name)
+        if recorded:
+            with _torch.no_torch_function():
+                self._grown.update(
+                    _memory.storage_of(one) for one in all_tensors(result) if one.is_floating_point() or one.is_complex()
+                )
+        return result
+
+    def _follow(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tensors: list[torch.Tensor],
+        shadowed: set[int],
+        name: str,
+    ) -> Any:
         if not shadowed:
             return func(*args, **kwargs)
         blame = set().union(*(self._shadows[storage].blame for storage in shadowed))
@@ -243,6 +281,11 @@ class Replay(TorchFunctionMode):
             yield
         finally:
             self._inner -= 1
+            if not self._inner:
+                self._grown.clear()
+
+    def _would_record(self, tensors: Iterable[torch.Tensor]) -> bool:
+        return any(tensor.requires_grad or _memory.storage_of(tensor) in self._grown for tensor in tensors)
 
     def _make_twice(
         self,
@@ -274,24 +317,24 @@ class Replay(TorchFunctionMode):
 
     def _shadow_of(self, tensor: torch.Tensor) -> torch.Tensor:
         shadow = self._shadows.get(_memory.storage_of(tensor))
-        return tensor.detach() if shadow is None else shadow.of(tensor)
+        return tensor.detach().clone() if shadow is None else shadow.of(tensor)
 
     def _at_fault(self, call: _Call, blame: set[Reread]) -> set[Reread]:
         """What makes the call's gradient another one than on the shadows."""
-        if not (torch.is_grad_enabled() or self._inner) or not any(tensor.requires_grad for tensor in call.tensors):
+        if not (torch.is_grad_enabled() or self._inner) or not self._would_record(call.tensors):
             return set()
         with _torch.hidden():
             here = {id(tensor): tensor.detach() for tensor in call.tensors}
             there = {id(tensor): self._shadow_of(tensor) for tensor in call.tensors}
-        found = call.gradients(here)
-        if _same(found, call.gradients(there)):
+        found = call.gradients(here, self._grown)
+        if _same(found, call.gradients(there, self._grown)):
             return set()
         at_fault: set[Reread] = set()
         shadowed = {_memory.storage_of(tensor) for tensor in call.tensors} & self._shadows.keys()
         if len(shadowed) > 1:  # one at a time
             for storage in shadowed:
                 moved = {id(one): there[id(one)] for one in call.tensors if _memory.storage_of(one) == storage}
-                if not _same(found, call.gradients(here | moved)):
+                if not _same(found, call.gradients(here | moved, self._grown)):
                     at_fault |= self._shadows[storage].blame
         return at_fault or blame
 
