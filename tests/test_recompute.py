@@ -462,6 +462,46 @@ def test_compiled_and_scripted_modules(reentrant: bool, compiled: bool) -> None:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
+@BOTH
+def test_what_is_followed_leaves_buffers_random_numbers_and_results_as_they_are(reentrant: bool) -> None:
+    """The replay makes calls twice; nobody must notice, but for the warning."""
+
+    def run() -> list[Any]:
+        torch.manual_seed(5)
+        model = nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.BatchNorm1d(4, momentum=None),
+            nn.Embedding(3, 4, max_norm=0.5), nn.Tanh(),
+        )  # fmt: skip
+        x, rows = leaf(), torch.tensor([0, 2, 1])
+
+        def body(x: torch.Tensor) -> torch.Tensor:
+            for layer in list(model)[:5]:
+                x = layer(x)
+            return model[6](x + model[5](rows)) + torch.rand(3, 4)
+
+        out = checkpoint(body, x, use_reentrant=reentrant)
+        with torch.no_grad():
+            model[0].weight.mul_(1.5)
+            model[5].weight.mul_(1.5)
+        (out * torch.rand(3, 4)).sum().backward()
+        return [
+            out,
+            x.grad,
+            torch.rand(2),
+            *model.buffers(),
+            *model.parameters(),
+            *(p.grad for p in model.parameters()),
+        ]
+
+    expected = run()
+    with warnings.catch_warnings(record=True) as caught, torchguard.warn() as guard:
+        warnings.simplefilter("always")
+        found = run()
+    assert caught
+    assert {violation.kind for violation in guard.violations} == {"recompute"}
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 # ---- what is reported ------------------------------------------------------------------------------------------------
 
 

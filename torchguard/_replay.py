@@ -252,7 +252,9 @@ class Replay(TorchFunctionMode):
         if recorded:
             with _torch.no_torch_function():
                 self._grown.update(
-                    _memory.storage_of(one) for one in all_tensors(result) if one.is_floating_point() or one.is_complex()
+                    _memory.storage_of(one)
+                    for one in all_tensors(result)
+                    if one.is_floating_point() or one.is_complex()
                 )
         return result
 

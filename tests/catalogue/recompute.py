@@ -843,3 +843,39 @@ def _lifetimes() -> None:
 
 
 _lifetimes()
+
+
+# ---- a checkpoint in a checkpoint, and nothing else ------------------------------------------------------------------
+
+
+def _nested_only() -> None:
+    for reentrant in (True, False):
+
+        def nested(run: Run, write: Any, reentrant: bool = reentrant) -> Any:
+            layer, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+            inner = run.checkpoint(use_reentrant=reentrant)
+            out = run.checkpoint(use_reentrant=reentrant)(lambda x: inner(layer, x), x)  # saved
+            with torch.no_grad():
+                run.write(write, layer)
+            out.sum().backward()
+            return [x.grad, layer.weight.grad]
+
+        name = f"checkpoint_that_is_only_a_checkpoint_{'reentrant' if reentrant else 'non_reentrant'}"
+        add(
+            lambda run, nested=nested: nested(run, lambda layer: layer.weight.mul_(2)),
+            name=name,
+            route=ROUTE,
+            kind="corrupting",
+            caught="read",
+            every_call="read",
+        )
+        add(
+            lambda run, nested=nested: nested(run, lambda layer: layer.bias.mul_(2)),
+            name=f"{name}_bias",
+            route=ROUTE,
+            kind="innocent",
+            twin_of=name,
+        )
+
+
+_nested_only()
