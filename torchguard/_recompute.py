@@ -375,7 +375,7 @@ def checkpoint_forward(original: Any, _: Any, args: tuple[Any, ...], kwargs: dic
         if not shapes:
             replay = _replay.innermost()
             inner = nullcontext() if replay is None else replay.inner_checkpoint()
-            with recomputation.recorder(function, rest[1:]), inner:
+            with recomputation.recorder(function, args), inner:
                 result = function(*args)
             shapes.append([tensor.shape for tensor in _tensors_in(result)])
             return result
