@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.utils.checkpoint
 
 import torchguard
 
@@ -147,8 +148,10 @@ class Run:
         guard: Callable[[], AbstractContextManager[Any]] = nullcontext,
         around: Callable[[Callable[[], Any], list[torch.Tensor]], Any] | None = None,
         threads: bool = True,
+        checkpoints: bool = True,
     ) -> None:
         self.writes = writes
+        self._checkpoints = checkpoints
         self._threads = threads
         self.guard = guard
         self._around = around
@@ -159,6 +162,15 @@ class Run:
     ) -> torch.Tensor:
         """A leaf with memory of its own."""
         return torch.tensor(values, dtype=dtype, requires_grad=requires_grad)
+
+    def checkpoint(self, **options: Any) -> Callable[..., Any]:
+        """``torch.utils.checkpoint.checkpoint`` with these options; where saves are cloned the function is just called.
+
+        Backward then reads what was saved in the forward, and nothing is recomputed: that is the truth.
+        """
+        if self._checkpoints:
+            return functools.partial(torch.utils.checkpoint.checkpoint, **options)
+        return lambda function, *args, **kwargs: function(*args, **kwargs)
 
     def in_thread(self, work: Callable[[], Any]) -> Any:
         """Work in a new thread; in place where the truth is computed with save hooks, which no thread inherits."""
@@ -424,7 +436,7 @@ def computed_kind(case: Program) -> Kind:
         return "refused"
     with _quiet():
         without = outcome_of(case, Run(writes=False), nullcontext)
-        cloned = outcome_of(case, Run(threads=False), _cloning) if case.hooks else without
+        cloned = outcome_of(case, Run(threads=False, checkpoints=False), _cloning) if case.hooks else without
     if cloned.error is not None:
         raise AssertionError(f"{case}: fails when saves are cloned") from cloned.error
     truth = cloned if case.truth == "cloned saves" else without
@@ -630,9 +642,12 @@ class _Told:
         if must:
             line = linecache.getline(os.path.abspath(saved.file), saved.line)
             assert SAVED_MARK in line, f"{self.case}: {saved} does not save: {line!r}"
+        written = violation.written
+        if violation.kind == "recompute" and violation.operation:
+            assert written is not None
+            assert any(_lies_in(written, writer) for writer in self.outcome.writers), f"{self.case}: {written}"
         if violation.caught != "write":
             return
-        written = violation.written
         assert written is not None, f"{self.case}: no place that wrote"
         assert any(_lies_in(written, writer) for writer in self.outcome.writers), (
             f"{self.case}: {written} does not write: {written.source!r}"

@@ -16,11 +16,12 @@ PACKAGE = Path(torchguard.__file__).parent
 #: module uses any more is to be taken out.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_violation", "guard"},
-    "_counterless": set(),
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_compiled": {
-        "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers", "_writes",
+        "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers",
+        "_writes",
     },
+    "_counterless": set(),
     "_exports": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_findings": {"_torch", "_violation"},
     "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
@@ -30,8 +31,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory", "_places", "_policy", "_pools",
-        "_preserved", "_reads", "_refusal", "_saves", "_storages", "_torch", "_writers", "_writes",
+        "_aliases", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory", "_places", "_policy",
+        "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads", "_saves", "_storages", "_torch",
+        "_writers", "_writes",
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
     "_ledger": set(),
@@ -43,10 +45,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_pools": {"_hooks", "_policy"},
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
     "_reads": {
-        "_aliases", "_exports", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_verdict",
-        "_violation",
+        "_aliases", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves", "_torch",
+        "_verdict", "_violation",
+    },
+    "_recompute": {
+        "_memory", "_places", "_policy", "_replay", "_rereads", "_torch", "_verdict", "_violation", "_writers",
     },
     "_refusal": {"_torch"},
+    "_replay": {"_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
+    "_rereads": {"_aliases", "_memory", "_places", "_policy", "_saves"},
     "_saves": {"_aliases", "_exports", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation"},
     "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
     "_torch": set(),
@@ -54,7 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_violation": {"_model"},
     "_writers": {"_counterless", "_torch"},
     "_writes": {
-        "_aliases", "_memory", "_overlap", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation", "_writers",
+        "_aliases", "_memory", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch", "_verdict",
+        "_violation", "_writers",
     },
     "guard": {"_findings", "_hooks", "_intercept", "_policy", "_reads", "_violation"},
 }  # fmt: skip

@@ -32,6 +32,7 @@ from torchguard import (
     _policy,
     _pools,
     _preserved,
+    _recompute,
     _refusal,
     _storages,
     _torch,
@@ -41,6 +42,7 @@ from torchguard import (
 from torchguard._aliases import ALIASES
 from torchguard._exports import EXPORTS
 from torchguard._reads import DETACHED
+from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
 
@@ -357,12 +359,14 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     The guard drops its weak references, and for the time of the call PyTorch holds what the guard's saves hold for it.
     """
     held = []
-    for tensor in _writers.tensors_in([*args, *kwargs.values()]):
+    tensors = _writers.tensors_in([*args, *kwargs.values()])
+    for tensor in tensors:
         ALIASES.forget(tensor)
         held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor) if save.checked]
         _hooked.let_go(tensor)
     try:
-        return wrapped(*args, **kwargs)
+        with let_go(tensors, "swap_tensors()"):
+            return wrapped(*args, **kwargs)
     finally:
         held.clear()
 
@@ -450,6 +454,13 @@ def _prepare() -> list[_Patch]:
     module, top = _torch.HOOK_TOP
     if hasattr(module, top):
         patches.append(_Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
+    _recompute.writer_of = _writer_of
+    module, hook = _torch.CHECKPOINT_HOOK
+    if hasattr(module, hook):
+        patches.append(_Patch(module, hook, wrapt.FunctionWrapper(getattr(module, hook), _recompute.checkpoint_hook)))
+    function, forward = _torch.CHECKPOINT_FORWARD
+    routed = wrapt.FunctionWrapper(getattr(function, forward), _recompute.checkpoint_forward)
+    patches.append(_Patch(function, forward, staticmethod(routed)))
     backward = torch.autograd.function.BackwardCFunction
     patches.append(_Patch(backward, _compiled.STASH, _compiled.StashAttribute()))
     patches.append(_Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))

@@ -284,6 +284,15 @@ def readable(tensor: torch.Tensor) -> bool:
         return False
 
 
+def changed_elements(tensor: torch.Tensor, proof: torch.Tensor | None) -> int:
+    """How many elements differ from the proof; all of them where there is none."""
+    tensor = _torch.behind(tensor)
+    if proof is None or proof.shape != tensor.shape or proof.dtype != tensor.dtype or not readable(tensor):
+        return tensor.numel()
+    with _torch.hidden():
+        return int(differing_elements(tensor, proof).sum())
+
+
 def describe(tensor: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and device of a tensor in the words of a report."""
     with _torch.no_torch_function():

@@ -45,6 +45,12 @@ def _library(filename: str) -> bool:
     return answer
 
 
+def is_library(filename: str) -> bool:
+    """Whether a file belongs to torch, torchguard or the plumbing between."""
+    inside = inside_library.get(filename)
+    return _library(filename) if inside is None else inside
+
+
 def user_instruction(frame: FrameType | None) -> Instruction:
     """The innermost instruction on the stack from ``frame`` on that is in neither torch nor torchguard."""
     while frame is not None:

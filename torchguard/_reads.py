@@ -16,6 +16,7 @@ import torch
 from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
 from torchguard._aliases import ALIASES, AliasRecord
 from torchguard._exports import EXPORTS, Export
+from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, Save
 from torchguard._violation import Kind
 
@@ -190,6 +191,9 @@ def look_for_unseen_writes(leaving: bool = False) -> None:
         if leaving:
             for save in saves:
                 if save.remarks is not None and save.remarks.suspect is not None and id(save) not in before:
+                    if isinstance(save, Reread):
+                        save.allowed = _policy.state.reasons[-1]
+                        continue
                     _examine(save)  # inside the block, so it is recorded as allowed
 
 

@@ -16,6 +16,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 _C: Any = torch._C
 _autograd: Any = torch._C._autograd
@@ -493,6 +494,27 @@ def node_class_of(function: Any) -> Any:
     return getattr(function, "_backward_cls", None)
 
 
+#: Where checkpoints of the two kinds run their function, by name.
+CHECKPOINT_HOOK = (torch.utils.checkpoint, "_checkpoint_hook")
+CHECKPOINT_FORWARD = (torch.utils.checkpoint.CheckpointFunction, "forward")
+
+
+def keeps_its_saves(node: Any) -> bool:
+    """Whether backward has not yet let go of what a custom Function's node saved."""
+    try:
+        return node._raw_saved_tensors is not None
+    except RuntimeError:
+        return False
+
+
+def is_compiled(item: Any) -> bool:
+    """Whether a module or function runs what ``torch.compile`` has made."""
+    return hasattr(item, "_torchdynamo_orig_callable") or (
+        isinstance(item, torch.nn.Module)
+        and (item._compiled_call_impl is not None or type(item).__name__ == "OptimizedModule")
+    )
+
+
 def missing() -> list[str]:
     """What this build of torch does not offer, as sentences about what therefore is not watched."""
     told = []
@@ -505,4 +527,7 @@ def missing() -> list[str]:
         )
     if not _CAN_HOLD_WEAKLY:
         told.append("torch has no weak references to storages: save hooks that return a key are judged less exactly")
+    module, hook = CHECKPOINT_HOOK
+    if not hasattr(module, hook):
+        told.append("torch.utils.checkpoint has no _checkpoint_hook: what non-reentrant checkpoints read")
     return told

@@ -21,6 +21,7 @@ import torch
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._overlap import overlaps
+from torchguard._rereads import Reread, note_write, rereads_of
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
 from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer, all_tensors, substituted
@@ -192,6 +193,10 @@ def _look(
         if storage in ALIASES.by_storage or storage in ALIASES.young:
             ALIASES.sync(storage, saves)
             watched.append(storage)
+        rereads = [save for save in saves if isinstance(save, Reread)]
+        if rereads:
+            note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
+            saves = [save for save in saves if not isinstance(save, Reread)]
         counted = writer.counts(target, args, kwargs)
         preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
         for save in saves:
@@ -221,6 +226,18 @@ def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
         and not writer.keeps_statistics
     ):
         return False  # PyTorch refuses the call
+    return _may_overlap(target, save)
+
+
+def _is_touched(target: torch.Tensor, entry: Reread) -> bool:
+    if _may_overlap(target, entry):
+        return True
+    if _memory.shares_counter(target, entry.tensor):
+        entry.keep_proof()  # its version is about to move for nothing
+    return False
+
+
+def _may_overlap(target: torch.Tensor, save: Save) -> bool:
     there = _memory.span_of(target)
     here = _memory.span_of(save.tensor)
     return there is not None and here is not None and overlaps(there, here) is not False
@@ -356,6 +373,7 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     """
     saves = saves_of(tensor)
     undecided: list[Save] = []
+    rereads = rereads_of(tensor)
     frame = sys._getframe(1)
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
         error = None if _same(tensor, value) else _judge_rebinding(saves, undecided)
@@ -365,6 +383,7 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
             finally:
                 del error  # it refers to this frame
     ALIASES.forget(tensor)  # of the memory that it leaves
+    note_write(rereads, _REBINDING)
     setter(tensor, value)
     for save in saves:  # what backward will read lies elsewhere now
         save.accept()
@@ -372,6 +391,8 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
         save.follow()
     saves.clear()
     undecided.clear()
+    for entry in rereads:
+        entry.follow()
     if isinstance(value, torch.Tensor) and type(value) in _memory.PLAIN_TYPES:
         here = _places.user_instruction(frame)
         for alias in (value, tensor):  # the same memory, two counters
@@ -382,7 +403,11 @@ def saves_of(tensor: torch.Tensor) -> list[Save]:
     """The live saves that hold this very tensor."""
     storage = _memory.storage_of(tensor)
     found = LEDGER.in_storage(storage) if storage else []
-    return [save for save in found if save.certain and any(one is tensor for one in _torch.levels_of(save.tensor))]
+    return [
+        save
+        for save in found
+        if save.certain and not isinstance(save, Reread) and any(one is tensor for one in _torch.levels_of(save.tensor))
+    ]
 
 
 def _judge_rebinding(saves: list[Save], undecided: list[Save]) -> Exception | None:
