@@ -17,6 +17,9 @@ PACKAGE = Path(torchguard.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_violation", "guard"},
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_collectives": {
+        "_aliases", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers", "_writes",
+    },
     "_findings": {"_torch", "_violation"},
     "_hooks": {"_policy", "_reads", "_saves", "_torch"},
     "_intercept": {

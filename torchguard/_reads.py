@@ -93,6 +93,9 @@ def _refuse(save: Save) -> None:
 
 def _examine(save: Save) -> None:
     remarks = save.remark()
+    if remarks.awaits is not None:
+        awaits, remarks.awaits = remarks.awaits, None
+        awaits()
     tensor = save.tensor
     rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
     if not (rebound or remarks.compare or remarks.suspect is not None):

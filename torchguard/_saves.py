@@ -42,7 +42,7 @@ _OWN_FILES = frozenset({__file__, os.path.join(os.path.dirname(__file__), "_inte
 class Remarks:
     """What is known of the few saves about which there is something to say."""
 
-    __slots__ = ("compare", "guard", "proof", "suspect", "view", "writer")
+    __slots__ = ("awaits", "compare", "guard", "proof", "suspect", "view", "writer")
 
     def __init__(self) -> None:
         #: The alias whose counter moved without a write that the guard saw.
@@ -51,6 +51,8 @@ class Remarks:
         self.proof: torch.Tensor | None = None
         #: Whether the bytes decide at the read: a trusted or a silent writer has been at work.
         self.compare = False
+        #: Waits for a write that has begun in the background; to be called before the bytes are compared.
+        self.awaits: Callable[[], None] | None = None
         #: What the last such writer was, and where, if the guard saw it.
         self.writer: tuple[Kind, str, _places.Instruction] | None = None
         #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.

@@ -7,7 +7,7 @@ guard can say what it does not watch instead of crashing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -220,6 +220,53 @@ def reading_node() -> str | None:
 def node_class_of(function: Any) -> Any:
     """The class of the nodes that a custom Function makes."""
     return getattr(function, "_backward_cls", None)
+
+
+# ---- torch.distributed -------------------------------------------------------------------------------------
+# Every public collective goes through the methods of a process group, a class of torch's C++ side. ``import torch``
+# imports it where torch was built with it (measured from 2.5 to 2.13); the guard never does.
+
+#: The operators that are collectives, by the first half of their names.
+COLLECTIVE_OPERATORS = frozenset({"c10d", "_c10d_functional"})
+
+_c10d: Any = getattr(_C, "_distributed_c10d", None)
+
+#: The classes whose methods are collectives; none where torch was built without torch.distributed.
+PROCESS_GROUPS: tuple[Any, ...] = tuple(
+    owner for owner in (getattr(_c10d, "ProcessGroup", None), getattr(_c10d, "Backend", None)) if owner is not None
+)
+
+#: What a collective returns.
+Work: Any = getattr(_c10d, "Work", object)
+
+#: The function behind the broadcasts of DistributedDataParallel, by name, wherever it is looked up.
+BROADCAST_COALESCED: tuple[tuple[Any, str], ...] = tuple(
+    (owner, "_broadcast_coalesced")
+    for owner in (_c10d, getattr(torch, "distributed", None))
+    if hasattr(owner, "_broadcast_coalesced")
+)
+
+
+def in_coalescing_block(group: Any) -> bool:
+    """Whether what ``group`` is asked to do is put off until a block of calls is left."""
+    module: Any = getattr(getattr(torch, "distributed", None), "distributed_c10d", None)
+    return group in getattr(getattr(module, "_world", None), "pg_coalesce_state", ())
+
+
+def wait_for_operator(result: Any, written: Iterable[torch.Tensor]) -> None:
+    """Wait until a collective called by its operator has written."""
+    if hasattr(result, "wait"):
+        result.wait()
+        return
+    for item in result if isinstance(result, (list, tuple)) else ():
+        if isinstance(item, torch.ScriptObject):
+            wait_for_operator(item, ())
+    if isinstance(result, torch.ScriptObject):
+        Work.unbox(result).wait()
+    wait: Any = getattr(torch.ops._c10d_functional, "wait_tensor", None)
+    if wait is not None:
+        for tensor in written:
+            wait(tensor)
 
 
 def missing() -> list[str]:
