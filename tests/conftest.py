@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import torchguard
-from torchguard import _hooks, _intercept, _policy
+from torchguard import _hooks, _intercept, _policy, _torch
 
 #: Everything that a guard patches something in.
 NAMESPACES: dict[str, Any] = {
@@ -22,6 +22,8 @@ NAMESPACES: dict[str, Any] = {
     "torch._C._autograd": torch._C._autograd,
     "BackwardCFunction": torch.autograd.function.BackwardCFunction,
     "threading.Thread": threading.Thread,
+    **{f"process groups: {owner.__name__}": owner for owner in _torch.PROCESS_GROUPS},
+    **{f"{owner.__name__}": owner for owner, _ in _torch.BROADCAST_COALESCED},
     "the table of TorchScript's builtins": None,
 }
 

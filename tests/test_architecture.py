@@ -23,8 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_findings": {"_torch", "_violation"},
     "_hooks": {"_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves", "_torch",
-        "_writers", "_writes",
+        "_aliases", "_collectives", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves",
+        "_torch", "_writers", "_writes",
     },
     "_ledger": set(),
     "_memory": {"_model", "_torch"},

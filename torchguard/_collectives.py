@@ -73,7 +73,7 @@ def _route(title: str, keywords: Sequence[str]) -> Route:
     def route(wrapped: Any, group: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not any_alive():
             return wrapped(*args, **kwargs)
-        if group is None:  # called on the class
+        if not isinstance(group, _torch.PROCESS_GROUPS):  # called on the class
             group, *rest = args
             args, wrapped = tuple(rest), wrapped.__get__(group)
         writer = default if args else next((writers[keyword] for keyword in keywords if keyword in kwargs), default)
