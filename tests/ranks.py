@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import sys
@@ -425,6 +426,28 @@ def small_part(net: nn.Module) -> nn.Module:
 
 for _name, _make in MODELS.items():
     _make_model(_name, _make)
+
+
+def _shards_changed_before_backward(write: Any, net: nn.Module) -> Any:
+    def halve() -> None:
+        for p in net.parameters():
+            p.to_local().data.mul_(0.5)
+
+    loss = net(batches()[0]).pow(2).mean()
+    write(halve)
+    loss.backward()
+    return [p.grad.to_local() for p in net.parameters()]
+
+
+if importlib.util.find_spec("torchguard._storages"):  # who frees a storage is seen there
+
+    @model
+    def fsdp2_shards_changed_before_backward(write: Any) -> Any:
+        return _shards_changed_before_backward(write, sharded())
+
+    @model
+    def fsdp2_kept_shards_changed_before_backward(write: Any) -> Any:
+        return _shards_changed_before_backward(write, sharded(reshard_after_forward=False))
 
 
 class Scaled(nn.Module):

@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_aliases", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers", "_writes",
     },
     "_findings": {"_torch", "_violation"},
+    "_fingerprint": {"_memory", "_torch"},
     "_hooks": {"_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
         "_aliases", "_collectives", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves",
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_aliases", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_verdict", "_violation",
     },
     "_refusal": {"_torch"},
-    "_saves": {"_aliases", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation"},
+    "_saves": {"_aliases", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation"},
     "_torch": set(),
     "_verdict": {"_memory", "_places", "_policy", "_saves", "_violation"},
     "_violation": {"_model"},

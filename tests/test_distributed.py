@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 TIMEOUT = 90
 
 #: The write arrives when nobody asks, or backward is the first to see that nobody else refuses it: caught at the read.
-AT_THE_READ = ("all_reduce_dropped/", "ddp_buffer_broadcast_into_a_save")
+AT_THE_READ = ("all_reduce_dropped/", "ddp_buffer_broadcast_into_a_save", "fsdp2_shards_changed_before_backward")
 
 Told = dict[str, dict[str, Any]]
 

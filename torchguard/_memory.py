@@ -150,6 +150,11 @@ def _reach_in_storage(tensor: torch.Tensor) -> range:
     return range(start, start + _extent(tensor) * itemsize)
 
 
+def end_in_storage(tensor: torch.Tensor) -> int:
+    """How many bytes a storage must have at least for the tensor's elements to lie in it."""
+    return _reach_in_storage(tensor).stop if tensor.numel() else 0
+
+
 def _over(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int]
 ) -> torch.Tensor:

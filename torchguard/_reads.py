@@ -100,7 +100,7 @@ def _examine(save: Save) -> None:
     rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
     if not (rebound or remarks.compare or remarks.suspect is not None):
         return
-    if remarks.proof is not None and _memory.same_bytes(tensor, remarks.proof):
+    if save.is_back or (remarks.proof is not None and _memory.same_bytes(tensor, remarks.proof)):
         remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
         return
     _report(save, rebound)
@@ -157,6 +157,7 @@ def leave_to(guard: _policy.Respondent) -> None:
         if (
             remarks is not None
             and (remarks.suspect is not None or remarks.compare)
+            and not save.is_back
             and (remarks.proof is None or not _memory.same_bytes(save.tensor, remarks.proof))
         ):
             remarks.guard = guard

@@ -21,7 +21,7 @@ from weakref import ref
 
 import torch
 
-from torchguard import _memory, _places, _policy, _torch
+from torchguard import _fingerprint, _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._ledger import Extent, Ledger
 from torchguard._violation import Kind
@@ -42,7 +42,7 @@ _OWN_FILES = frozenset({__file__, os.path.join(os.path.dirname(__file__), "_inte
 class Remarks:
     """What is known of the few saves about which there is something to say."""
 
-    __slots__ = ("awaits", "compare", "guard", "proof", "suspect", "view", "writer")
+    __slots__ = ("awaits", "compare", "fingerprint", "guard", "proof", "suspect", "view", "writer")
 
     def __init__(self) -> None:
         #: The alias whose counter moved without a write that the guard saw.
@@ -51,6 +51,8 @@ class Remarks:
         self.proof: torch.Tensor | None = None
         #: Whether the bytes decide at the read: a trusted or a silent writer has been at work.
         self.compare = False
+        #: What is known of the saved bytes while their memory is given up.
+        self.fingerprint: torch.Tensor | None = None
         #: Waits for a write that has begun in the background; to be called before the bytes are compared.
         self.awaits: Callable[[], None] | None = None
         #: What the last such writer was, and where, if the guard saw it.
@@ -124,6 +126,25 @@ class Save:
         remarks.compare = True
         remarks.writer = (kind, operation, here)
 
+    def expect_back(self, operation: str) -> None:
+        """The save's memory is about to be freed by somebody who fills it again, with ``operation``."""
+        remarks = self.remark()
+        if remarks.proof is None and remarks.fingerprint is None:
+            remarks.fingerprint = _fingerprint.of(self.tensor)
+            if remarks.fingerprint is not None:
+                remarks.compare = True
+                remarks.writer = ("uncounted", operation, None)
+
+    @property
+    def is_back(self) -> bool:
+        """Whether the memory that was given up holds what it held, or is not there: then nobody can read it."""
+        expected = None if self.remarks is None else self.remarks.fingerprint
+        if expected is None:
+            return False
+        found = _fingerprint.of(self.tensor)
+        with _torch.hidden():
+            return found is None or bool(torch.equal(found, expected))
+
     def accept(self) -> None:
         """What has happened to the save so far has been answered: what is there now is what backward is to find."""
         if self.node is None:
@@ -135,6 +156,9 @@ class Save:
         remarks = self.remarks
         if remarks is not None:
             remarks.suspect = remarks.guard = remarks.writer = None
+            if remarks.fingerprint is not None:
+                remarks.fingerprint = _fingerprint.of(self.tensor)
+                remarks.compare = remarks.fingerprint is not None
             if remarks.proof is not None:
                 remarks.proof = None
                 self.keep_proof()

@@ -27,8 +27,12 @@ from torchguard._writers import Writer, all_tensors, substituted
 _TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
 
 
-#: These free memory that is saved and fill it again before backward reads it: there are no bytes to compare meanwhile.
+#: These free memory that is saved and fill it again before backward reads it. What they write is not judged, but what
+#: backward finds is.
 _REFILLING = ("torch/distributed/fsdp/", "torch\\distributed\\fsdp\\")
+
+
+_REFILL = "FSDP's all-gather of changed shards"
 
 
 def is_refill(frame: Any) -> bool:
@@ -151,6 +155,9 @@ def _answer(
 ) -> None:
     frame = sys._getframe(3)
     if is_refill(frame):
+        if "resize_" in writer.name:  # before the first of these writes, while the saved bytes are still there
+            for hit in hits:
+                hit.save.expect_back(_REFILL)
         hits.clear()
         return
     here = _places.user_instruction(frame)
