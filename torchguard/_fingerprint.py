@@ -18,7 +18,7 @@ _WORDS = 1 << 15
 
 
 def of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The fingerprint of a tensor's bytes; None where not all of its memory is there (or it has no bytes of its own)."""
+    """The fingerprint of a tensor's bytes; None where it has none, or not all of its memory."""
     with _torch.hidden():
         if not _memory.can_be_copied([tensor]) or _memory.end_in_storage(tensor) > tensor.untyped_storage().nbytes():
             return None
