@@ -129,11 +129,13 @@ class Save:
     def expect_back(self, operation: str) -> None:
         """The save's memory is about to be freed by somebody who fills it again, with ``operation``."""
         remarks = self.remark()
-        if remarks.proof is None and remarks.fingerprint is None:
+        if remarks.compare:
+            return
+        if remarks.proof is None:
             remarks.fingerprint = _fingerprint.of(self.tensor)
-            if remarks.fingerprint is not None:
-                remarks.compare = True
-                remarks.writer = ("uncounted", operation, None)
+        if remarks.proof is not None or remarks.fingerprint is not None:
+            remarks.compare = True
+            remarks.writer = ("uncounted", operation, None)
 
     @property
     def is_back(self) -> bool:
