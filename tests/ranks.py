@@ -428,26 +428,50 @@ for _name, _make in MODELS.items():
     _make_model(_name, _make)
 
 
-def _shards_changed_before_backward(write: Any, net: nn.Module) -> Any:
+def _weights_halved(write: Any, net: nn.Module, of: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Between forward and backward; what the optimizer sees (a shard, or all of it) is written to."""
+
     def halve() -> None:
         for p in net.parameters():
-            p.to_local().data.mul_(0.5)
+            of(getattr(p, "_local_tensor", p)).mul_(0.5)
 
     loss = net(batches()[0]).pow(2).mean()
     write(halve)
     loss.backward()
-    return [p.grad.to_local() for p in net.parameters()]
+    return [getattr(p.grad, "_local_tensor", p.grad) for p in net.parameters()]
 
 
-if importlib.util.find_spec("torchguard._storages"):  # who frees a storage is seen there
+@model
+def fsdp2_unsharded_weights_written(write: Any) -> Any:
+    return _weights_halved(write, sharded(reshard_after_forward=False), lambda t: t.data)
+
+
+@model
+def fsdp2_copies_of_unsharded_weights_written(write: Any) -> Any:
+    return _weights_halved(write, sharded(reshard_after_forward=False), lambda t: t.data.clone())
+
+
+@model
+def fsdp2_copies_of_shards_written(write: Any) -> Any:
+    return _weights_halved(write, sharded(), lambda t: t.data.clone())
+
+
+@model
+def ddp_weights_written(write: Any) -> Any:
+    return _weights_halved(write, replicated(), lambda t: t.data)
+
+
+@model
+def ddp_copies_of_weights_written(write: Any) -> Any:
+    return _weights_halved(write, replicated(), lambda t: t.data.clone())
+
+
+if importlib.util.find_spec("torchguard._storages"):  # there it is seen that storages are freed
 
     @model
-    def fsdp2_shards_changed_before_backward(write: Any) -> Any:
-        return _shards_changed_before_backward(write, sharded())
-
-    @model
-    def fsdp2_kept_shards_changed_before_backward(write: Any) -> Any:
-        return _shards_changed_before_backward(write, sharded(reshard_after_forward=False))
+    def fsdp2_shards_written(write: Any) -> Any:
+        """Backward gathers other weights than forward used: wrong with every way to write, .data or not."""
+        return _weights_halved(write, sharded(), lambda t: t.detach())
 
 
 class Scaled(nn.Module):
@@ -518,7 +542,7 @@ def ran(body: Body, writes: bool, guard: Any) -> tuple[list[torch.Tensor] | None
         return None, error
 
 
-def report_on(name: str, body: Body) -> dict[str, Any]:
+def report_on(suite: str, name: str, body: Body) -> dict[str, Any]:
     truth, failed = ran(body, False, contextlib.nullcontext())
     told: dict[str, Any] = {}
     if failed is not None:
@@ -540,6 +564,11 @@ def report_on(name: str, body: Body) -> dict[str, Any]:
     told["strict_violations"] = len(strict.violations)
     if found is not None:
         told["same_as_plain"] = same_bits(found, plain or [])
+    if "/" in name and suite == "models":
+        strict = torchguard.strict(every_call=True)
+        found, error = ran(body, True, strict)
+        told["every_call"] = "spoke" if strict.violations else "silent" if error is None else repr(error)
+        told["same_as_plain"] = told.get("same_as_plain", True) and (found is None or same_bits(found, plain or []))
     record = torchguard.Guard("record", every_call=every_call)
     found, error = ran(body, True, record)
     told["record"] = repr(error) if error else "recorded" if record.violations else "silent"
@@ -557,7 +586,7 @@ def main() -> None:
         world_size=WORLD,
         timeout=datetime.timedelta(seconds=15),
     )
-    told = {name: report_on(name, body) for name, body in SUITES[suite].items()}
+    told = {name: report_on(suite, name, body) for name, body in SUITES[suite].items()}
     (folder / f"{RANK}.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()

@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 TIMEOUT = 90
 
 #: The write arrives when nobody asks, or backward is the first to see that nobody else refuses it: caught at the read.
-AT_THE_READ = ("all_reduce_dropped/", "ddp_buffer_broadcast_into_a_save", "fsdp2_shards_changed_before_backward")
+AT_THE_READ = ("all_reduce_dropped/", "ddp_buffer_broadcast_into_a_save", "fsdp2_shards_written")
 
 Told = dict[str, dict[str, Any]]
 
@@ -78,6 +78,7 @@ def check(name: str, one: dict[str, Any]) -> None:
     if one["plain"] == "intact":
         assert one["strict"] == "silent", one.get("traceback", one.get("report"))
         assert (one["strict_violations"], one["record"]) == (0, "silent")
+        assert one.get("every_call", "silent") == "silent"
         assert one["same_as_plain"]
         assert one["record_same_as_plain"]
     elif one["plain"] == "corrupted":
@@ -86,6 +87,7 @@ def check(name: str, one: dict[str, Any]) -> None:
         assert "ranks.py" in one["report"]
         assert one["record"] == "recorded"
         assert one["record_same_as_plain"]
+        assert one.get("every_call", "spoke") == "spoke"
     else:  # PyTorch refuses it
         assert one["strict"] == one["record"] == one["plain"]
 
