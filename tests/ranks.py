@@ -354,6 +354,12 @@ def sharded(**options: Any) -> nn.Module:
     return fully_shard(net, mesh=mesh(), **options)
 
 
+def low_precision() -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
 def fully_sharded(**options: Any) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -376,6 +382,7 @@ def replicated(net: nn.Module | None = None, **options: Any) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "fsdp2": sharded,
     "fsdp2_kept": lambda: sharded(reshard_after_forward=False),
+    "fsdp2_bfloat16": lambda: sharded(mp_policy=low_precision()),
     "fsdp1": lambda: fully_sharded(use_orig_params=True),
     "fsdp1_flat": fully_sharded,
     "ddp": replicated,
