@@ -30,7 +30,7 @@ WORLD = 2
 OTHER = 1 - RANK
 
 Body = Callable[[Callable[[Callable[[], Any]], Any]], Any]
-SUITES: dict[str, dict[str, Body]] = {"collectives": {}, "models": {}}
+SUITES: dict[str, dict[str, Body]] = {"collectives": {}, "sharded": {}, "replicated": {}}
 
 
 # ---- collectives ---------------------------------------------------------------------------------------------------
@@ -311,8 +311,12 @@ BY_OPERATOR = ("operators_called_by_name",)
 
 
 def model(body: Body) -> Body:
-    SUITES["models"][body.__name__] = body
+    SUITES[suite_of(body.__name__)][body.__name__] = body
     return body
+
+
+def suite_of(name: str) -> str:
+    return "sharded" if name.startswith("fsdp") else "replicated"
 
 
 def small() -> nn.Module:
@@ -393,7 +397,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _make_model(name: str, make: Callable[[], nn.Module]) -> None:
-    suite = SUITES["models"]
+    suite = SUITES[suite_of(name)]
 
     def trains(write: Any) -> Any:
         net = make()
@@ -571,7 +575,7 @@ def report_on(suite: str, name: str, body: Body) -> dict[str, Any]:
     told["strict_violations"] = len(strict.violations)
     if found is not None:
         told["same_as_plain"] = same_bits(found, plain or [])
-    if "/" in name and suite == "models":
+    if "/" in name and suite != "collectives":
         strict = torchguard.strict(every_call=True)
         found, error = ran(body, True, strict)
         told["every_call"] = "spoke" if strict.violations else "silent" if error is None else repr(error)
@@ -591,7 +595,7 @@ def main() -> None:
         init_method=f"file://{folder}/store",
         rank=RANK,
         world_size=WORLD,
-        timeout=datetime.timedelta(seconds=15),
+        timeout=datetime.timedelta(seconds=60),
     )
     told = {name: report_on(suite, name, body) for name, body in SUITES[suite].items()}
     (folder / f"{RANK}.json").write_text(json.dumps(told))

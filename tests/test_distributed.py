@@ -23,7 +23,7 @@ if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 TESTS = Path(__file__).parent
-TIMEOUT = 90
+TIMEOUT = 150
 
 #: The write arrives when nobody asks, or backward is the first to see that nobody else refuses it: caught at the read.
 AT_THE_READ = ("all_reduce_dropped/", "ddp_buffer_broadcast_into_a_save", "fsdp2_shards_written")
@@ -93,17 +93,10 @@ def check(name: str, one: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(2 * TIMEOUT)
-@pytest.mark.parametrize("name", ranks.SUITES["collectives"])
-def test_collectives(name: str, told: Callable[[str], list[Told]]) -> None:
+@pytest.mark.parametrize(("suite", "name"), [(suite, name) for suite in ranks.SUITES for name in ranks.SUITES[suite]])
+def test_on_both_ranks(suite: str, name: str, told: Callable[[str], list[Told]]) -> None:
     for rank in range(ranks.WORLD):
-        check(name, told("collectives")[rank][name])
-
-
-@pytest.mark.timeout(2 * TIMEOUT)
-@pytest.mark.parametrize("name", ranks.SUITES["models"])
-def test_models(name: str, told: Callable[[str], list[Told]]) -> None:
-    for rank in range(ranks.WORLD):
-        check(name, told("models")[rank][name])
+        check(name, told(suite)[rank][name])
 
 
 @pytest.mark.timeout(2 * TIMEOUT)
@@ -118,7 +111,7 @@ def test_each_collective_corrupts_somewhere_and_its_twins_nowhere(name: str, tol
 
 @pytest.mark.timeout(2 * TIMEOUT)
 def test_the_source_of_a_broadcast_is_innocent_and_the_others_are_not(told: Callable[[str], list[Told]]) -> None:
-    for name, suite in (("broadcast/on_output", "collectives"), ("ddp_buffer_broadcast_into_a_save", "models")):
+    for name, suite in (("broadcast/on_output", "collectives"), ("ddp_buffer_broadcast_into_a_save", "replicated")):
         assert [rank[name]["strict"] for rank in told(suite)] == ["silent", "spoke"]
 
 
@@ -274,6 +267,24 @@ def test_operators_are_seen_with_every_call() -> None:
             out(torch.zeros(3), 1, name, out=y.data)
         assert torch.equal(y, before)
         assert out(y.detach().clone(), 1, name, out=y.data).shape == (3,)
+        y.sum().backward()
+        assert x.grad is not None
+
+
+@pytest.mark.skipif("c10d" not in _torch.COLLECTIVE_OPERATORS, reason="this torch cannot unbox their Work")
+def test_operators_that_return_a_work_are_seen_with_every_call(group: Any) -> None:
+    def scatter(y: torch.Tensor, source: torch.Tensor) -> Any:
+        return torch.ops.c10d.scatter_([y.data], [[source]], group.boxed(), 0, True, -1)
+
+    with torchguard.strict(every_call=True):
+        x, y = saved()
+        before = y.detach().clone()
+        with pytest.raises(SavedTensorCorruptionError, match=r"scatter_\(\)"):
+            scatter(y, torch.zeros(3))
+        assert torch.equal(y, before)
+        (outputs, work) = scatter(y, before)
+        assert outputs[0].data_ptr() == y.data_ptr()
+        dist.Work.unbox(work).wait()
         y.sum().backward()
         assert x.grad is not None
 

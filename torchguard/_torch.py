@@ -226,9 +226,6 @@ def node_class_of(function: Any) -> Any:
 # Every public collective goes through the methods of a process group, a class of torch's C++ side. ``import torch``
 # imports it where torch was built with it (measured from 2.5 to 2.13); the guard never does.
 
-#: The operators that are collectives, by the first half of their names.
-COLLECTIVE_OPERATORS = frozenset({"c10d", "_c10d_functional"})
-
 _c10d: Any = getattr(_C, "_distributed_c10d", None)
 
 #: The classes whose methods are collectives; none where torch was built without torch.distributed.
@@ -238,6 +235,11 @@ PROCESS_GROUPS: tuple[Any, ...] = tuple(
 
 #: What a collective returns.
 Work: Any = getattr(_c10d, "Work", object)
+
+_unbox_work: Any = getattr(Work, "unbox", None)
+
+#: The operators that are collectives, by the first half of their names.
+COLLECTIVE_OPERATORS = frozenset({"c10d", "_c10d_functional"} if _unbox_work else {"_c10d_functional"})
 
 #: The function behind the broadcasts of DistributedDataParallel, by name, wherever it is looked up.
 BROADCAST_COALESCED: tuple[tuple[Any, str], ...] = tuple(
@@ -255,14 +257,9 @@ def in_coalescing_block(group: Any) -> bool:
 
 def wait_for_operator(result: Any, written: Iterable[torch.Tensor]) -> None:
     """Wait until a collective called by its operator has written."""
-    if hasattr(result, "wait"):
-        result.wait()
-        return
-    for item in result if isinstance(result, (list, tuple)) else ():
+    for item in result if isinstance(result, (list, tuple)) else (result,):
         if isinstance(item, torch.ScriptObject):
-            wait_for_operator(item, ())
-    if isinstance(result, torch.ScriptObject):
-        Work.unbox(result).wait()
+            _unbox_work(item).wait()
     wait: Any = getattr(torch.ops._c10d_functional, "wait_tensor", None)
     if wait is not None:
         for tensor in written:
@@ -276,4 +273,6 @@ def missing() -> list[str]:
         told.append("torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions")
     if _top is None:
         told.append("torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering")
+    if _c10d is not None and _unbox_work is None:
+        told.append("torch cannot unbox the Work of torch.ops.c10d: collectives called by these operators are not seen")
     return told
