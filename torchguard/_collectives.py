@@ -190,13 +190,19 @@ class _Arrival:
             self._let_bytes_decide(hit.save)
             hit.save.remark().awaits = self.settle_unasked
         with suppress(RuntimeError):  # a receive tells nobody when it has finished
-            self.work.get_future().then(lambda _: self._put_down())
+            self.work.get_future().then(self._arrived)
+
+    def _arrived(self, future: Any) -> None:
+        future.value()  # raises where it failed
+        self._put_down()
 
     def settle_unasked(self) -> None:
         """Backward is about to read what it writes over."""
-        with suppress(RuntimeError):  # it failed
+        try:
             self.work.wait()
-            self._put_down()
+        except RuntimeError:  # it failed, and wrote nothing that anybody could rely on
+            return
+        self._put_down()
 
     def _put_down(self) -> None:
         with self._lock:
