@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import torchguard
-from torchguard import _hooks, _intercept, _policy
+from torchguard import _hooks, _intercept, _policy, _torch
 from torchguard._hooked import HookedSave
 from torchguard._saves import LEDGER
 
@@ -33,6 +33,8 @@ NAMESPACES: dict[str, Any] = {
     "torch.UntypedStorage": torch.UntypedStorage,
     "torch.utils.dlpack": torch.utils.dlpack,
     "torch._C": torch._C,
+    **{f"process groups: {owner.__name__}": owner for owner in _torch.PROCESS_GROUPS},
+    **{f"{owner.__name__}": owner for owner, _ in _torch.BROADCAST_COALESCED},
     "the table of TorchScript's builtins": None,
 }
 

@@ -17,6 +17,9 @@ PACKAGE = Path(torchguard.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_violation", "guard"},
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_collectives": {
+        "_aliases", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers", "_writes",
+    },
     "_compiled": {
         "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers",
         "_writes",
@@ -24,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_counterless": set(),
     "_exports": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_findings": {"_torch", "_violation"},
+    "_fingerprint": {"_memory", "_torch"},
     "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_hooked": {
         "_aliases", "_memory", "_overlap", "_places", "_policy", "_reads", "_saves", "_torch", "_verdict",
@@ -31,9 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
-        "_aliases", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory", "_places", "_policy",
-        "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads", "_saves", "_storages", "_torch",
-        "_writers", "_writes",
+        "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory",
+        "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads", "_saves",
+        "_storages", "_torch", "_writers", "_writes",
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
     "_ledger": set(),
@@ -54,7 +58,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_refusal": {"_torch"},
     "_replay": {"_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
     "_rereads": {"_aliases", "_memory", "_places", "_policy", "_saves"},
-    "_saves": {"_aliases", "_exports", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation"},
+    "_saves": {
+        "_aliases", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation",
+    },
     "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
     "_torch": set(),
     "_verdict": {"_memory", "_places", "_policy", "_saves", "_torch", "_violation"},

@@ -23,6 +23,7 @@ import wrapt
 from torch.overrides import TorchFunctionMode
 
 from torchguard import (
+    _collectives,
     _compiled,
     _hooked,
     _hooks,
@@ -62,7 +63,8 @@ class Override(TorchFunctionMode):
         writer = _writer_of(func, kwargs)
         if writer is None:
             return func(*args, **kwargs)
-        result = _writes.carry_out(writer, func, args, kwargs)
+        carry_out = _collectives.carry_out_operator if writer.collective else _writes.carry_out
+        result = carry_out(writer, func, args, kwargs)
         if writer.keeps_statistics and _policy.state.every_call and _torch.evaluates(result):
             # What backward will use of them: by this mode's promise it is caught whoever writes, TorchScript, say.
             _writes.prove(writer.targets(args, kwargs))
@@ -77,12 +79,12 @@ def _writer_of(func: Any, kwargs: Mapping[str, Any]) -> Writer | None:
         writer = WRITERS.get(func)
     except TypeError:  # a callable that cannot be hashed is none of torch's
         return None
-    if writer is None and kwargs.get("out") is not None:
-        return _writers.OUT
     if writer is None and isinstance(func, _torch.OPERATOR_TYPES):
         if func not in _operators:
             _operators[func] = _writers.writer_of_operator(func)
         writer = _operators[func]
+    if (writer is None or not writer.collective) and func not in WRITERS and kwargs.get("out") is not None:
+        return _writers.OUT
     return writer
 
 
@@ -426,6 +428,7 @@ def _prepare() -> list[_Patch]:
     patches.append(_Patch(*_torch.NN_FUNCTIONS, nn_functions))
     WRITERS[torch.nn.init.eye_] = _writers.EYE
     patches.append(_Patch(torch.nn.init, "eye_", _Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_))))
+    patches += [_Patch(owner, name, _Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
     patches.append(_Patch(torch.utils, "swap_tensors", _Routed(torch.utils.swap_tensors, _swap_tensors)))
     patches += [_Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
     patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _data_getter(), _set_data)))

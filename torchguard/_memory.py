@@ -176,6 +176,11 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
     return replicas
 
 
+def can_be_copied(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a copy (see :func:`replicas_of`) would be such a tensor as each of these is."""
+    return not any(tensor.is_conj() or tensor.is_neg() or tensor.is_quantized for tensor in tensors)
+
+
 #: No element type is wider.
 _ALIGNMENT = 16
 
@@ -185,6 +190,11 @@ def _reach_in_storage(tensor: torch.Tensor) -> range:
     itemsize = tensor.element_size()
     start = int(tensor.storage_offset()) * itemsize
     return range(start, start + _extent(tensor) * itemsize)
+
+
+def end_in_storage(tensor: torch.Tensor) -> int:
+    """How many bytes a storage must have at least for the tensor's elements to lie in it."""
+    return _reach_in_storage(tensor).stop if tensor.numel() else 0
 
 
 def over(

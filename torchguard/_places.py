@@ -74,6 +74,21 @@ def called_from(frame: FrameType | None, files: tuple[str, ...]) -> bool:
     return False
 
 
+def reached_through(frame: FrameType | None, parts: tuple[str, ...]) -> bool:
+    """Whether a file whose path has one of ``parts`` in it is on the stack, above all code of the user's."""
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        inside = inside_library.get(filename)
+        if inside is None:
+            inside = _library(filename)
+        if not inside:
+            return False
+        if any(part in filename for part in parts):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def place_of(instruction: Instruction) -> Place | None:
     """The place of an instruction, with its source; None where there is none."""
     if instruction is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torchguard._violation import Violation
@@ -79,6 +80,17 @@ def answer(describe: Callable[[str | None], Violation], left: Respondent | None 
         guard.record_allowed(describe(state.reasons[-1]))
     else:
         guard.respond(describe(None))
+
+
+@contextmanager
+def allowed_for(reasons: list[str]) -> Iterator[None]:
+    """Answer as in the ``allow`` blocks that something was begun in, beside those of this moment."""
+    added = len(reasons)
+    state.reasons[:0] = reasons
+    try:
+        yield
+    finally:
+        del state.reasons[:added]
 
 
 def note_unwatched(what: str) -> None:

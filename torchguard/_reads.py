@@ -103,12 +103,15 @@ def _refuse(save: Save) -> None:
 
 def _examine(save: Save) -> None:
     remarks = save.remark()
+    if remarks.awaits is not None:
+        awaits, remarks.awaits = remarks.awaits, None
+        awaits()
     tensor = save.tensor
     rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
     seen = rebound or remarks.compare or remarks.suspect is not None
     if not seen and (not remarks.exports or remarks.proof is None):
         return
-    if save.is_proven:
+    if save.is_back or save.is_proven:
         remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
         return
     if _unused(save):
@@ -224,6 +227,6 @@ def leave_to(guard: _policy.Respondent) -> None:
         elif (
             remarks is not None
             and (remarks.suspect is not None or remarks.compare or (remarks.exports and remarks.proof is not None))
-            and not save.is_proven
+            and not (save.is_back or save.is_proven)
         ):
             remarks.guard = guard

@@ -21,7 +21,7 @@ from weakref import ref
 
 import torch
 
-from torchguard import _memory, _places, _policy, _torch
+from torchguard import _fingerprint, _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._exports import EXPORTS, FRESH, OWN_NODES, Export
 from torchguard._ledger import Extent, Ledger
@@ -48,7 +48,20 @@ OWN_FILES = frozenset(
 class Remarks:
     """What is known of the few saves about which there is something to say."""
 
-    __slots__ = ("compare", "exports", "guard", "lent", "proof", "spoilt", "stashed", "suspect", "view", "writer")
+    __slots__ = (
+        "awaits",
+        "compare",
+        "exports",
+        "fingerprint",
+        "guard",
+        "lent",
+        "proof",
+        "spoilt",
+        "stashed",
+        "suspect",
+        "view",
+        "writer",
+    )
 
     def __init__(self) -> None:
         #: The alias whose counter moved without a write that the guard saw.
@@ -59,6 +72,10 @@ class Remarks:
         self.compare = False
         #: Whether PyTorch would read it without a look at its version, and never lets go of it: the bytes decide.
         self.stashed = False
+        #: What is known of the saved bytes while their memory is given up.
+        self.fingerprint: torch.Tensor | None = None
+        #: Waits for a write that has begun in the background; to be called before the bytes are compared.
+        self.awaits: Callable[[], None] | None = None
         #: What the last such writer was, and where, if the guard saw it.
         self.writer: tuple[Kind, str, _places.Instruction] | None = None
         #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.
@@ -163,6 +180,27 @@ class Save:
         """How many elements differ from the proof; all of them where there is none."""
         return _memory.changed_elements(self.tensor, None if self.remarks is None else self.remarks.proof)
 
+    def expect_back(self, operation: str) -> None:
+        """The save's memory is about to be freed by somebody who fills it again, with ``operation``."""
+        remarks = self.remark()
+        if remarks.compare:
+            return
+        if remarks.proof is None:
+            remarks.fingerprint = _fingerprint.of(self.tensor)
+        if remarks.proof is not None or remarks.fingerprint is not None:
+            remarks.compare = True
+            remarks.writer = ("uncounted", operation, None)
+
+    @property
+    def is_back(self) -> bool:
+        """Whether the memory that was given up holds what it held, or is not there: then nobody can read it."""
+        expected = None if self.remarks is None else self.remarks.fingerprint
+        if expected is None:
+            return False
+        found = _fingerprint.of(self.tensor)
+        with _torch.hidden():
+            return found is None or bool(torch.equal(found, expected))
+
     def follow(self) -> None:
         """The tensor that was saved may lie elsewhere now."""
         if self.node is None:
@@ -178,6 +216,9 @@ class Save:
         remarks = self.remarks
         if remarks is not None:
             remarks.suspect = remarks.guard = remarks.writer = None
+            if remarks.fingerprint is not None:
+                remarks.fingerprint = _fingerprint.of(self.tensor)
+                remarks.compare = remarks.fingerprint is not None
             if remarks.proof is not None and not remarks.spoilt:
                 remarks.proof = None
                 self.keep_proof()

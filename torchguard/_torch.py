@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import CodeType
@@ -515,6 +515,50 @@ def is_compiled(item: Any) -> bool:
     )
 
 
+# ---- torch.distributed -------------------------------------------------------------------------------------
+# Every public collective goes through the methods of a process group, a class of torch's C++ side. ``import torch``
+# imports it where torch was built with it (measured from 2.5 to 2.13); the guard never does.
+
+_c10d: Any = getattr(_C, "_distributed_c10d", None)
+
+#: The classes whose methods are collectives; none where torch was built without torch.distributed.
+PROCESS_GROUPS: tuple[Any, ...] = tuple(
+    owner for owner in (getattr(_c10d, "ProcessGroup", None), getattr(_c10d, "Backend", None)) if owner is not None
+)
+
+#: What a collective returns.
+Work: Any = getattr(_c10d, "Work", object)
+
+_unbox_work: Any = getattr(Work, "unbox", None)
+
+#: The operators that are collectives, by the first half of their names.
+COLLECTIVE_OPERATORS = frozenset({"c10d", "_c10d_functional"} if _unbox_work else {"_c10d_functional"})
+
+#: The function behind the broadcasts of DistributedDataParallel, by name, wherever it is looked up.
+BROADCAST_COALESCED: tuple[tuple[Any, str], ...] = tuple(
+    (owner, "_broadcast_coalesced")
+    for owner in (_c10d, getattr(torch, "distributed", None))
+    if hasattr(owner, "_broadcast_coalesced")
+)
+
+
+def in_coalescing_block(group: Any) -> bool:
+    """Whether what ``group`` is asked to do is put off until a block of calls is left."""
+    module: Any = getattr(getattr(torch, "distributed", None), "distributed_c10d", None)
+    return group in getattr(getattr(module, "_world", None), "pg_coalesce_state", ())
+
+
+def wait_for_operator(result: Any, written: Iterable[torch.Tensor]) -> None:
+    """Wait until a collective called by its operator has written."""
+    for item in result if isinstance(result, (list, tuple)) else (result,):
+        if isinstance(item, torch.ScriptObject):
+            _unbox_work(item).wait()
+    wait: Any = getattr(torch.ops._c10d_functional, "wait_tensor", None)
+    if wait is not None:
+        for tensor in written:
+            wait(tensor)
+
+
 def missing() -> list[str]:
     """What this build of torch does not offer, as sentences about what therefore is not watched."""
     told = []
@@ -530,4 +574,6 @@ def missing() -> list[str]:
     module, hook = CHECKPOINT_HOOK
     if not hasattr(module, hook):
         told.append("torch.utils.checkpoint has no _checkpoint_hook: what non-reentrant checkpoints read")
+    if _c10d is not None and _unbox_work is None:
+        told.append("torch cannot unbox the Work of torch.ops.c10d: collectives called by these operators are not seen")
     return told

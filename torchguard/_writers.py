@@ -89,6 +89,7 @@ class Writer:
         calls_back: whether it calls a function of the user's.
         draws: whether it draws random numbers.
         on_storage: whether it is a method of a storage, and ``name`` its title.
+        collective: whether other processes take part. Only its rehearsal tells whether a version moves.
     """
 
     name: str
@@ -97,6 +98,18 @@ class Writer:
     calls_back: bool = False
     draws: bool = False
     on_storage: bool = False
+    collective: bool = False
+
+    @property
+    def once(self) -> bool:
+        """Whether it must not be made twice: its rehearsal is the call."""
+        return self.calls_back or self.collective
+
+    def refused(self, target: torch.Tensor) -> bool:
+        """Whether PyTorch refuses the call because ``target`` requires grad."""
+        if not target.requires_grad or self.collective:
+            return False
+        return self.calls_back or (target.is_leaf and torch.is_grad_enabled())
 
     @property
     def title(self) -> str:
@@ -156,11 +169,11 @@ _TITLES = {
 
 
 def tensors_in(value: Any) -> Iterable[torch.Tensor]:
-    """The tensors in an argument: itself, or the members of a list or tuple."""
+    """The tensors in an argument: itself, or those anywhere in its lists and tuples."""
     if isinstance(value, torch.Tensor):
         return (value,)
     if isinstance(value, (list, tuple)):
-        return [item for item in value if isinstance(item, torch.Tensor)]
+        return list(all_tensors(value))
     return ()
 
 
@@ -255,6 +268,8 @@ def writer_of_operator(operator: Any) -> Writer | None:
     packet = hasattr(operator, "overloads")
     overloads = [getattr(operator, name) for name in operator.overloads()] if packet else [operator]
     name = str(overloads[0]._schema.name).rpartition("::")[2]
+    if str(overloads[0]._schema.name).partition("::")[0] in _torch.COLLECTIVE_OPERATORS:
+        return _writer_of_collective(overloads[0]._schema)
     written = {argument: position for position, argument in _counterless.UNMARKED.get(name, ())}
     for overload in overloads:
         for position, argument in enumerate(overload._schema.arguments):
@@ -268,6 +283,24 @@ def writer_of_operator(operator: Any) -> Writer | None:
     places = tuple(sorted((position, argument) for argument, position in written.items()))
     draws = any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
     return Writer(name, places, _uncounted(name), draws=draws or name in _DRAW)
+
+
+def _writer_of_collective(schema: Any) -> Writer | None:
+    name = str(schema.name).rpartition("::")[2]
+    written = {
+        position if not argument.kwarg_only else _NO_POSITION: argument.name
+        for position, argument in enumerate(schema.arguments)
+        if name in _RECEIVES_INTO.get(argument.name, ()) or (argument.alias_info and argument.alias_info.is_write)
+    }
+    if not written and name.endswith("_") and "barrier" not in name:
+        written = {0: schema.arguments[0].name}  # torch.ops.c10d: the schemas do not say it
+    if not written:
+        return None
+    return Writer(name, tuple(sorted(written.items())), frozenset(written.values()), collective=True)
+
+
+#: The arguments of functional operators that are written to although the schema does not say it.
+_RECEIVES_INTO = {"tensor": ("irecv",), "tensors": ("batch_p2p_ops",)}
 
 
 #: ``out=``: whatever the function is, this is what it writes to.

@@ -26,26 +26,32 @@ from torchguard._saves import LEDGER, Save, extent_of, is_foreign
 from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer, all_tensors, substituted
 
-#: These perturb their inputs through ``.data`` and put them back, or free storages and fill them again: the bytes
-#: decide at the read.
-_TRUSTED_FILES = tuple(
-    path.replace("/", separator)
-    for separator in "/\\"
-    for path in (
-        "torch/autograd/gradcheck.py",
-        "torch/distributed/fsdp/_fully_shard/_fsdp_param.py",
-        "torch/distributed/_composable/fsdp/_fsdp_param.py",
-        "torch/distributed/fsdp/_flat_param.py",
-    )
-)
+#: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
+_TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
+
+#: These free memory that is saved and fill it again before backward reads it. What they write is not judged, but what
+#: backward finds is.
+_REFILLING = ("torch/distributed/fsdp/", "torch\\distributed\\fsdp\\")
+
+
+_REFILL = "FSDP's all-gather of changed shards"
+
+
+def is_refill(frame: Any) -> bool:
+    """Whether a write comes from code that frees saved memory and fills it again, and from no code of the user's."""
+    return _places.reached_through(frame, _REFILLING)
 
 
 class _Done(Exception):
-    """The call has been made already, on its rehearsal; ``args`` hold what it raised, if it did."""
+    """The call has been made already: its rehearsal was the call."""
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        super().__init__()
+        self.rehearsal = rehearsal
 
 
 @dataclass
-class _Hit:
+class Hit:
     """A live save that a write would silently touch, whether a counter moves, how many elements change."""
 
     save: Save
@@ -80,10 +86,10 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     if not _policy.state.guards:
         _note_thread()
     watched: list[int] = []
-    hits: list[_Hit] = []
+    hits: list[Hit] = []
     seen: list[Save] = []
     with _torch.no_torch_function():
-        _look(writer, args, kwargs, watched, hits, seen)
+        look(writer, args, kwargs, watched, hits, seen)
     if hits and writer.keeps_statistics:
         proven = [_Proven(hit.save) for hit in hits]
         hits.clear()
@@ -97,9 +103,11 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     if hits:
         error = _judge(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
-            if error.args:
-                raise error.args[0]
-            return args[0]
+            rehearsal = error.rehearsal
+            del error
+            if rehearsal.failure is not None:
+                raise rehearsal.failure
+            return rehearsal.with_originals(rehearsal.result)
         if error is not None:
             seen.clear()
             try:
@@ -172,12 +180,12 @@ class _Proven:
             remarks.proof = None
 
 
-def _look(
+def look(
     writer: Writer,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     watched: list[int],
-    hits: list[_Hit],
+    hits: list[Hit],
     seen: list[Save],
 ) -> None:
     """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
@@ -206,7 +214,7 @@ def _look(
                 continue
             silent = save.stashed or not (counted and save.shares_counter(target))
             if silent and save.certain:
-                hits.append(_Hit(save, target, counted))
+                hits.append(Hit(save, target, counted))
             elif preserved and save.checked:
                 # The version moves, and will be put back.
                 here = _places.user_instruction(sys._getframe(2))
@@ -220,12 +228,8 @@ def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
     """Whether the call may write to the save's memory, and PyTorch refuses neither the call nor the save."""
     if save.moved and not save.stashed:
         return False  # PyTorch refuses this save already
-    if (
-        target.requires_grad
-        and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled()))
-        and not writer.keeps_statistics
-    ):
-        return False  # PyTorch refuses the call
+    if not writer.keeps_statistics and writer.refused(target):
+        return False
     return _may_overlap(target, save)
 
 
@@ -244,7 +248,7 @@ def _may_overlap(target: torch.Tensor, save: Save) -> bool:
 
 
 def _judge(
-    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[_Hit]
+    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[Hit]
 ) -> Exception | None:
     """Have the hits answered; what the answer raised is returned. What is left in ``hits`` has been answered.
 
@@ -260,16 +264,22 @@ def _judge(
 
 
 def _answer(
-    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[_Hit]
+    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[Hit]
 ) -> None:
     frame = sys._getframe(3)
+    if is_refill(frame):
+        if "resize_" in writer.name:  # before the first of these writes, while the saved bytes are still there
+            for hit in hits:
+                hit.save.expect_back(_REFILL)
+        hits.clear()
+        return
     here = _places.user_instruction(frame)
-    rehearsals: dict[int, _Rehearsal] | None = None
+    rehearsal: Rehearsal | None = None
     if not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
-            rehearsals = _rehearse(writer, call, args, kwargs)
-    if rehearsals is None:
+            rehearsal = rehearse(writer, call, args, kwargs)
+    if rehearsal is None:
         for hit in hits:
             hit.save.let_bytes_decide("write" if hit.counted else "uncounted", writer.title, here)
         hits.clear()
@@ -278,13 +288,31 @@ def _answer(
         if hit.save.stashed:
             hit.save.let_bytes_decide("stashed", writer.title, here)
     hits[:] = [hit for hit in hits if not hit.save.stashed]
+    pronounce(writer, rehearsal, hits, here)
+    if writer.once and rehearsal.replicas:
+        rehearsal.put_down()
+        for hit in hits:
+            hit.save.accept()
+        raise _Done(rehearsal)
+
+
+def pronounce(writer: Writer, rehearsal: Rehearsal, hits: list[Hit], here: _places.Instruction) -> None:
+    """Have those hits answered whose saves the call would silently change; only they are left in ``hits``."""
+    masks: dict[int, torch.Tensor] = {}
     with _torch.hidden():
         for hit in hits:
             span = _memory.span_of(hit.save.tensor)
-            rehearsal = rehearsals[id(hit.target)]
+            if id(hit.target) not in masks:
+                masks[id(hit.target)] = rehearsal.changed_bytes(hit.target)
             if span is not None:
-                hit.elements = _memory.touched_elements(rehearsal.mask, rehearsal.address, span)
+                hit.elements = _memory.touched_elements(masks[id(hit.target)], _address(hit.target), span)
     hits[:] = [hit for hit in hits if hit.elements]
+    for hit in list(hits):
+        shared = not hit.counted and _memory.shares_counter(hit.target, hit.save.tensor)
+        if shared and rehearsal.moves(hit.target):
+            # PyTorch refuses the save, unless somebody puts the version back: then the bytes decide.
+            hit.save.let_bytes_decide("uncounted", writer.title, here)
+            hits.remove(hit)
     for hit in hits:
         shared = not hit.counted and (writer.on_storage or hit.save.shares_counter(hit.target))
         _verdict.pronounce(
@@ -296,62 +324,70 @@ def _answer(
             elements=hit.elements,
             caught="write",
         )
-    if writer.calls_back:
-        # The user's function has run, on the copy: put down what it made instead of running it again.
-        with _torch.hidden():
-            for target in writer.targets(args, kwargs):
-                replica = rehearsals[id(target)].replica
-                if replica is None:
-                    return
-                _memory.overwrite(target, replica)
-        for hit in hits:
-            hit.save.accept()
-        raise _Done(*[rehearsal.failure for rehearsal in rehearsals.values() if rehearsal.failure is not None])
 
 
-@dataclass
-class _Rehearsal:
-    """What a call did to a copy of the memory of one of its targets.
+class Rehearsal:
+    """A call on a copy of the memory that it writes to.
 
     Attributes:
-        mask: which bytes of the target's memory, from first to last, it changes.
-        address: where the first of these bytes lies.
-        replica: the target's copy, after the call; None where it was not rehearsed.
-        failure: what the user's function raised, where the call calls one.
+        targets: the tensors that it writes to.
+        replicas: for each of them, by its id, the copy; empty where there can be no such tensor.
+        result: what the call returned.
+        failure: what it raised half-way, where it is not to be made again.
     """
 
-    mask: torch.Tensor
-    address: int
-    replica: torch.Tensor | None = None
-    failure: Exception | None = None
+    def __init__(self, targets: Sequence[torch.Tensor], replicas: dict[int, torch.Tensor]) -> None:
+        self.targets = targets
+        self.replicas = replicas
+        self.result: Any = None
+        self.failure: Exception | None = None
+        self._versions = {key: _memory.version_of(replica) for key, replica in replicas.items()}
+
+    def changed_bytes(self, target: torch.Tensor) -> torch.Tensor:
+        """Which bytes of the target's memory, from first to last, the call changes."""
+        replica = self.replicas.get(id(target))
+        # Without a copy, every element that the call is given.
+        return _memory.reach(target) if replica is None else _memory.changed_bytes(target, replica)
+
+    def moves(self, target: torch.Tensor) -> int:
+        """By how much the call moves the target's version, where only the rehearsal tells."""
+        replica = self.replicas.get(id(target))
+        return 0 if replica is None else _memory.version_of(replica) - self._versions[id(target)]
+
+    def put_down(self) -> None:
+        """Put what the call made into place."""
+        with _torch.hidden():
+            for target in {id(target): target for target in self.targets}.values():
+                _memory.overwrite(target, self.replicas[id(target)])
+                for _ in range(self.moves(target)):
+                    torch.autograd.graph.increment_version(target)
+
+    def with_originals(self, value: Any) -> Any:
+        """The same value, with the targets in the place of their copies."""
+        return substituted(value, {id(self.replicas[id(target)]): target for target in self.targets})
 
 
-def _rehearse(
-    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[int, _Rehearsal]:
-    """What the call changes, for each tensor that it writes to (by id)."""
+def rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rehearsal:
+    """Make the call on copies of what it writes to."""
     targets = writer.targets(args, kwargs)
-    generator = kwargs.get("generator")
     with _torch.hidden():
-        if any(target.is_conj() or target.is_neg() or target.is_quantized for target in targets):
-            # The copy would not be such a tensor: count every element that the call is given.
-            return {id(target): _Rehearsal(_memory.reach(target), _address(target)) for target in targets}
+        if not _memory.can_be_copied(targets):
+            return Rehearsal(targets, {})
         replicas = _memory.replicas_of(targets, all_tensors([*args, *kwargs.values()]))
-    failure: Exception | None = None
-    with _memory.same_random_numbers(targets if writer.draws else (), generator), _torch.rehearsing():
+        rehearsal = Rehearsal(targets, replicas)
+        args = [substituted(value, replicas) for value in args]
+        kwargs = {name: substituted(value, replicas) for name, value in kwargs.items()}
+    if writer.collective:  # it is the call: whoever watches calls is to see it
+        rehearsal.result = call(*args, **kwargs)
+        return rehearsal
+    with _memory.same_random_numbers(targets if writer.draws else (), kwargs.get("generator")), _torch.rehearsing():
         try:
-            call(*substituted(args, replicas), **{name: substituted(kwargs[name], replicas) for name in kwargs})
+            rehearsal.result = call(*args, **kwargs)
         except Exception as error:
-            if not writer.calls_back:
+            if not writer.once:
                 raise
-            failure = error  # the user's function raised, half-way: so far the memory is written
-    with _torch.hidden():
-        return {
-            id(target): _Rehearsal(
-                _memory.changed_bytes(target, replicas[id(target)]), _address(target), replicas[id(target)], failure
-            )
-            for target in targets
-        }
+            rehearsal.failure = error  # the user's function raised, half-way: so far the memory is written
+    return rehearsal
 
 
 def _address(target: torch.Tensor) -> int:
@@ -413,6 +449,8 @@ def saves_of(tensor: torch.Tensor) -> list[Save]:
 def _judge_rebinding(saves: list[Save], undecided: list[Save]) -> Exception | None:
     """Have the saves answered; those that the bytes decide about later are moved over to ``undecided``."""
     frame = sys._getframe(2)
+    if is_refill(frame):
+        return None
     here = _places.user_instruction(frame)
     trusted = _places.called_from(frame, _TRUSTED_FILES)
     try:
