@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
 import pickle
 import warnings
 import weakref
@@ -243,7 +244,7 @@ def refill(h, kept):
 
 def test_fsdp_frees_memory_and_fills_it_again() -> None:
     space: dict[str, Any] = {"preserve": _preserve}
-    exec(compile(_FSDP, "/site-packages/torch/distributed/fsdp/_fully_shard/_invented.py", "exec"), space)
+    exec(compile(_FSDP, f"{os.path.dirname(torch.__file__)}/distributed/fsdp/_fully_shard/_invented.py", "exec"), space)
     w, h = leaf(), torch.linspace(0, 1, 12).reshape(3, 4)
     with torch.no_grad():
         truth = h.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import sys
 import threading
@@ -684,7 +685,10 @@ def fill(storage, size, values):
 def _sharding() -> dict[str, Any]:
     """Code that frees storages and fills them again, as FSDP does, in a file of FSDP's."""
     space: dict[str, Any] = {}
-    exec(compile(_SHARDING, "/x/torch/distributed/fsdp/_fully_shard/_fsdp_param.py", "exec"), space)
+    exec(
+        compile(_SHARDING, f"{os.path.dirname(torch.__file__)}/distributed/fsdp/_fully_shard/_invented.py", "exec"),
+        space,
+    )
     return space
 
 

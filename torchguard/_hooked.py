@@ -32,6 +32,7 @@ from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
 from torchguard._overlap import overlaps
 from torchguard._reads import collector
+from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, OWN_FILES, Save, extent_of, operation_of_node
 from torchguard._torch import Hooks
 from torchguard._violation import Kind
@@ -446,7 +447,9 @@ def _verdict_on(save: HookedSave, read: Any, recomputed: bool) -> Exception | No
     """
     try:
         with _torch.no_torch_function():
-            if isinstance(read, torch.Tensor) and _is_changed(save, read, recomputed):
+            # What a checkpoint's function read from outside is judged when it has run again (see ``_recompute``).
+            reread = recomputed and any(isinstance(entry, Reread) for entry in LEDGER.in_storage(save.storage))
+            if not reread and isinstance(read, torch.Tensor) and _is_changed(save, read, recomputed):
                 _report(save)
     except Exception as error:
         return error.with_traceback(None)

@@ -88,6 +88,12 @@ def _writer_of(func: Any, kwargs: Mapping[str, Any]) -> Writer | None:
     return writer
 
 
+def _writer_in_checkpoint(func: Any, kwargs: Mapping[str, Any]) -> Writer | None:
+    """The same, for what a checkpoint's function calls: in evaluation, running statistics are read as well."""
+    writer = _writer_of(func, kwargs)
+    return None if writer is not None and writer.keeps_statistics else writer
+
+
 _override = Override()
 
 
@@ -457,7 +463,7 @@ def _prepare() -> list[_Patch]:
     module, top = _torch.HOOK_TOP
     if hasattr(module, top):
         patches.append(_Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
-    _recompute.writer_of = _writer_of
+    _recompute.writer_of = _writer_in_checkpoint
     module, hook = _torch.CHECKPOINT_HOOK
     if hasattr(module, hook):
         patches.append(_Patch(module, hook, wrapt.FunctionWrapper(getattr(module, hook), _recompute.checkpoint_hook)))

@@ -13,7 +13,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import ref
 
@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from torchguard import _memory, _places, _policy, _replay, _torch, _verdict
-from torchguard._rereads import Reread, note_write
+from torchguard._rereads import Reread, note_write, running
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer
 
@@ -75,8 +75,17 @@ class Recomputation:
         self.entries.append(entry)
         return entry
 
-    def recorder(self, function: Any, arguments: Any) -> AbstractContextManager[Any]:
+    @contextmanager
+    def recorder(self, function: Any, arguments: Any) -> Iterator[None]:
         """Records, as long as it is entered, what is read."""
+        with self._recorder(function, arguments):
+            running.depth += 1
+            try:
+                yield
+            finally:
+                running.depth -= 1
+
+    def _recorder(self, function: Any, arguments: Any) -> AbstractContextManager[Any]:
         reached = list(_reached((function, arguments)))
         self.opaque = any(isinstance(item, torch.jit.ScriptModule) or _torch.is_compiled(item) for item in reached)
         if not self.opaque and not any(isinstance(item, _FAST_PATHS) and not item.training for item in reached):
@@ -95,6 +104,13 @@ class Recomputation:
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the function again; :meth:`report` what it should not have met."""
+        running.depth += 1
+        try:
+            return self._run(function, args, kwargs)
+        finally:
+            running.depth -= 1
+
+    def _run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         self.guilty = []
         changed = [entry for entry in self.entries if entry.changed] if _answerable(self.entries) else []
         if not changed:

@@ -13,6 +13,7 @@ more, because entries die with the graph.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from weakref import ref
@@ -25,6 +26,15 @@ from torchguard._saves import LEDGER, Save
 
 #: Stands for a tensor that is gone: it has no memory that anything could overlap.
 _GONE = torch.empty(0)
+
+
+class _Running(threading.local):
+    """How many checkpoints run their function in this thread, for the first time or again."""
+
+    depth = 0
+
+
+running = _Running()
 
 
 class Reread(Save):

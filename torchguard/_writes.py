@@ -21,7 +21,7 @@ import torch
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._overlap import overlaps
-from torchguard._rereads import Reread, note_write, rereads_of
+from torchguard._rereads import Reread, note_write, rereads_of, running
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
 from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer, all_tensors, substituted
@@ -202,9 +202,9 @@ def look(
             ALIASES.sync(storage, saves)
             watched.append(storage)
         rereads = [save for save in saves if isinstance(save, Reread)]
-        if rereads:
+        if rereads and not (writer.keeps_statistics and running.depth):  # a checkpoint's function may update its own
             note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
-            saves = [save for save in saves if not isinstance(save, Reread)]
+        saves = [save for save in saves if not isinstance(save, Reread)]
         counted = writer.counts(target, args, kwargs)
         preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
         for save in saves:
