@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures.thread
+import copyreg
 import multiprocessing.pool
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ import torchguard
 from torchguard import _hooks, _intercept, _policy, _torch
 from torchguard._hooked import HookedSave
 from torchguard._saves import LEDGER
+
+# Pickling and swap_tensors note it on the class, whoever comes first.
+copyreg._slotnames(torch.Tensor)  # type: ignore[attr-defined]
+copyreg._slotnames(torch.nn.Parameter)  # type: ignore[attr-defined]
 
 #: Everything that a guard patches something in.
 NAMESPACES: dict[str, Any] = {

@@ -1,7 +1,12 @@
 """torchguard: loud errors where PyTorch's autograd would use silently overwritten saved tensors."""
 
 try:
-    from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
+    from torchguard._violation import (
+        SavedTensorCorruptionError,
+        SavedTensorCorruptionWarning,
+        UnwatchedWarning,
+        Violation,
+    )
     from torchguard.guard import Guard, allow, strict, warn
 except ImportError as error:
     # Another project on PyPI is called torchguard; installed on top of this one it replaces files of it.
@@ -16,6 +21,7 @@ __all__ = [
     "Guard",
     "SavedTensorCorruptionError",
     "SavedTensorCorruptionWarning",
+    "UnwatchedWarning",
     "Violation",
     "allow",
     "strict",

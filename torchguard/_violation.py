@@ -125,6 +125,10 @@ class SavedTensorCorruptionWarning(UserWarning):
     """Warned, once a site, where :class:`SavedTensorCorruptionError` would be raised under ``strict()``."""
 
 
+class UnwatchedWarning(UserWarning):
+    """Warned, once a process, of each thing that this torch or this program keeps out of the guard's sight."""
+
+
 @dataclass(frozen=True)
 class Violation:
     """A silent write that overlaps a live save.
