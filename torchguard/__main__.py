@@ -13,21 +13,30 @@ import runpy
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from torchguard import _config, _switch
+from torchguard import _config, _switch, _tracebacks
 from torchguard._config import Layer
-from torchguard._violation import SavedTensorCorruptionError
-
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 #: What ``torchguard WORD`` does, where the word is not a program: the module with its ``main``. (A script of that name is
 #: run by ``torchguard ./WORD``.)
 _COMMANDS = {"demo": "torchguard._demo"}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and which option was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            options = ["--" + option.replace("_", "-") for option in _config.OPTIONS]
+            message = f"unknown option {unknown.split()[0]!r}{_config.nearest(unknown.split()[0], options)}"
+        _switch.say(message)
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="torchguard",
         usage="%(prog)s [options] SCRIPT [ARGS ...]\n       %(prog)s [options] -m MODULE [ARGS ...]\n       %(prog)s demo",
         description="Run a program under the guard, as Python would run it.",
@@ -36,12 +45,18 @@ def _parser() -> argparse.ArgumentParser:
         "pyproject.toml, in that order.",
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", metavar="MODE", help=f"one of off, {', '.join(_config.MODES)}; strict if nothing else says")
+    parser.add_argument(
+        "--mode", metavar="MODE", help=f"one of off, {', '.join(_config.MODES)}; strict if nothing else says"
+    )
     parser.add_argument("--at", metavar="MOMENT", help=f"when to judge: {', '.join(_config.MOMENTS)}")
     parser.add_argument("--every-call", action="store_true", default=None, help="also see calls that no patch sees")
-    parser.add_argument("--report", metavar="FILE", help="write the violations there (text; JSON lines if it ends in .jsonl)")
+    parser.add_argument(
+        "--report", metavar="FILE", help="write the violations there (text; JSON lines if it ends in .jsonl)"
+    )
     parser.add_argument("--exitcode", metavar="N", help="exit status if only violations went wrong; 0 leaves it alone")
-    parser.add_argument("--suppressions", metavar="FILE", help="violations to live with, GLOB[:LINE|:FUNCTION] [KIND] -- REASON")
+    parser.add_argument(
+        "--suppressions", metavar="FILE", help="violations to live with, GLOB[:LINE|:FUNCTION] [KIND] -- REASON"
+    )
     parser.add_argument("--max-reports", metavar="N", help="how many sites to warn of and to list at the end")
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -96,7 +111,7 @@ def _script(words: list[str]) -> Callable[[], object]:
     sys.argv[:] = words
     if os.path.isdir(script) or pkgutil.get_importer(script) is not None:  # or a zip file
         program = _as_main()
-        _set_path(script)
+        _set_path(os.path.abspath(script))
         return lambda: _run_as_python_does("__main__", alter_argv=False, keep=program)
     try:
         with io.open_code(os.path.abspath(script)) as file:
@@ -105,7 +120,9 @@ def _script(words: list[str]) -> Callable[[], object]:
             with io.open_code(os.path.abspath(script)) as file:
                 source = file.read()
     except OSError as error:
-        sys.stderr.write(f"torchguard: can't open file {os.path.abspath(script)!r}: [Errno {error.errno}] {error.strerror}\n")
+        sys.stderr.write(
+            f"torchguard: can't open file {os.path.abspath(script)!r}: [Errno {error.errno}] {error.strerror}\n"
+        )
         sys.exit(2)
     program = _as_main(os.path.abspath(script))
     _set_path(os.path.dirname(os.path.realpath(script)))
@@ -159,28 +176,11 @@ def _without_our_frames(hook: Callable[..., Any]) -> Callable[..., Any]:
     """An excepthook that shows what ``hook`` would show had Python run the program itself."""
 
     def show(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
-        traceback = _of_program(error, traceback)
+        traceback = _tracebacks.of_program(error, traceback, runner=__file__)
         sys.last_traceback = traceback
         hook(kind, error.with_traceback(traceback), traceback)
 
     return show
-
-
-def _of_program(error: BaseException, traceback: types.TracebackType | None) -> types.TracebackType | None:
-    entries: list[types.TracebackType] = []
-    while traceback is not None:
-        entries.append(traceback)
-        if traceback.tb_frame.f_code.co_filename == __file__:
-            entries.clear()  # what leads up to the program
-        traceback = traceback.tb_next
-    ours = [entry.tb_frame.f_code.co_filename.startswith(_HERE) for entry in entries]
-    if ours and ours[-1] and not isinstance(error, (SavedTensorCorruptionError, RuntimeError)):
-        ours = [False] * len(ours)  # a mistake in the guard: its frames are what is wanted
-    shown = None
-    for entry, hidden in zip(reversed(entries), reversed(ours), strict=True):
-        if not hidden:
-            shown = types.TracebackType(shown, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
-    return shown
 
 
 if __name__ == "__main__":

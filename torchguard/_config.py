@@ -84,7 +84,8 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
     """One configuration from all layers, those that count most first; and what is wrong with them, a line each.
 
     Args:
-        default: the mode where no layer names one, or where one only says ``on``.
+        default: the mode where no layer names one. Where one says just ``on``, the next that names a mode says which; else
+            it is strict.
     """
     chosen: dict[str, Any] = {}
     problems: list[str] = []
@@ -93,7 +94,7 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
         for written, value in layer.values.items():
             option = written.removeprefix("--").replace("-", "_")
             if option not in OPTIONS:
-                what = f"unknown option {written!r}{_nearest(option, OPTIONS)}; ignored"
+                what = f"unknown option {written!r}{nearest(option, OPTIONS)}; ignored"
                 problems.append(f"{layer.source}: {what}".removeprefix(": "))
                 continue
             if option in chosen or value is None:
@@ -102,7 +103,9 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
                 turned_on = True
                 continue
             try:
-                chosen[option] = _PARSERS[option](value, layer.directory)
+                parsed = _PARSERS[option](value, layer.directory)
+                if not (turned_on and option == "mode" and parsed == "off"):
+                    chosen[option] = parsed
             except _Bad as bad:
                 if option == "mode":
                     chosen["mode"] = "off"  # of all that could be guessed, the one that changes nothing
@@ -113,7 +116,8 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
     return Config(**chosen), problems
 
 
-def _nearest(name: str, choices: Iterable[str]) -> str:
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """What to say of a name that is none of ``choices``: which was meant, and which there are."""
     choices = list(choices)
     near = difflib.get_close_matches(name, choices, 1, 0.5)
     return (f"; did you mean {near[0]!r}?" if near else "") + f" ({', '.join(choices)})"
@@ -129,7 +133,7 @@ def _one_of(name: str, choices: Callable[[], Sequence[str]]) -> Callable[[Any, s
         if name == "mode" and str(value).lower() in _OFF:
             return "off"
         if text not in allowed:
-            raise _Bad(f"is not a {name} of this version{_nearest(str(value), allowed)}")
+            raise _Bad(f"is not a {name} of this version{nearest(str(value), allowed)}")
         return str(text)
 
     return parse

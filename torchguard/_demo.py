@@ -7,7 +7,7 @@ from typing import Any
 
 _FILE = "demo.py"
 
-_PROGRAM = '''\
+_PROGRAM = """\
 import torch
 
 a = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
@@ -17,7 +17,7 @@ c.zero_()  # the saved values are gone; nobody noticed
 out.sum().backward()
 
 print("a.grad is     ", [round(value, 4) for value in a.grad.tolist()])
-'''
+"""
 
 
 def main() -> int:

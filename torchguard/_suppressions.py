@@ -154,7 +154,9 @@ class Suppressions:
         return [suppression for suppression in self.all if suppression.text not in self.used]
 
 
-def read(value: Suppressions | str | os.PathLike[str] | Iterable[str] | None, source: str) -> tuple[Suppressions, list[str]]:
+def read(
+    value: Suppressions | str | os.PathLike[str] | Iterable[str] | None, source: str
+) -> tuple[Suppressions, list[str]]:
     """Suppressions from a file or a list of lines, and what is wrong with those that cannot be read.
 
     Args:

@@ -273,9 +273,7 @@ def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"torchguard: {name} is one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
-def strict(
-    *, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None
-) -> Guard:
+def strict(*, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Raise :class:`SavedTensorCorruptionError` at the line that corrupts, before any memory changes.
 
     Args:
@@ -286,9 +284,7 @@ def strict(
     return Guard("raise", at, every_call=every_call, suppressions=suppressions)
 
 
-def warn(
-    *, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None
-) -> Guard:
+def warn(*, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Warn with :class:`SavedTensorCorruptionWarning`, once a site; results are those of the unguarded
     program.
 
