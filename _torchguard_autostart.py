@@ -1,7 +1,7 @@
 """Does the environment ask for torchguard? torch asks here, at the end of every ``import torch``.
 
 A module of its own beside the package, so that ``import torch`` touches nothing of the package until the answer is yes,
-not even where another project's ``torchguard`` was installed over it. It must never raise: torch would not be importable.
+not even where another project's ``torchguard`` was installed over it. It must never raise: ``import torch`` would.
 (PYTEST_DONT_REWRITE: torch may be imported before pytest is.)
 """
 

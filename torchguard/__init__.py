@@ -1,7 +1,7 @@
 """torchguard: loud errors where PyTorch's autograd would use silently overwritten saved tensors.
 
-Importing this package imports neither torch nor wrapt; its names do, when they are first used. The pytest plugin and the
-command line rest on that. (PYTEST_DONT_REWRITE: the package may be in use before pytest is.)
+Importing this package imports neither torch nor wrapt; its names do, when they are first used. The pytest plugin and
+the command line rest on that. (PYTEST_DONT_REWRITE: the package may be in use before pytest is.)
 """
 
 from typing import TYPE_CHECKING
@@ -49,8 +49,8 @@ def __getattr__(name: str) -> object:
         # Another project on PyPI is called torchguard; installed on top of this one it replaces files of it.
         if (error.name or "").startswith("torchguard"):
             raise ImportError(
-                "torchguard: files of this package are missing, as when the PyPI project 'torchguard', another one, was "
-                "installed over it: pip uninstall torchguard torchguard-autograd && pip install torchguard-autograd"
+                "torchguard: files of this package are missing, as when the PyPI project 'torchguard', another one, "
+                "was installed over it: pip uninstall torchguard torchguard-autograd && pip install torchguard-autograd"
             ) from None
         raise
     globals()[name] = value

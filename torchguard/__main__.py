@@ -1,4 +1,4 @@
-"""How is a program run under the guard, as Python would run it: ``python -m torchguard SCRIPT``, or ``torchguard SCRIPT``?"""
+"""How does ``python -m torchguard SCRIPT`` run a program under the guard, as Python would run it?"""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from torchguard import _config, _switch, _tracebacks
 from torchguard._config import Layer
 
-#: What ``torchguard WORD`` does, where the word is not a program: the module with its ``main``. (A script of that name is
-#: run by ``torchguard ./WORD``.)
+#: What ``torchguard WORD`` does, where the word is not a program: the module with its ``main``. (A script of that name
+#: is run by ``torchguard ./WORD``.)
 _COMMANDS = {"demo": "torchguard._demo"}
 
 
@@ -38,11 +38,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="torchguard",
-        usage="%(prog)s [options] SCRIPT [ARGS ...]\n       %(prog)s [options] -m MODULE [ARGS ...]\n       %(prog)s demo",
+        usage="\n       ".join(
+            ("%(prog)s [options] SCRIPT [ARGS ...]", "%(prog)s [options] -m MODULE [ARGS ...]", "%(prog)s demo")
+        ),
         description="Run a program under the guard, as Python would run it.",
-        epilog=f"Exit status: the program's own; {_config.EXIT_STATUS} (or --exitcode) if it succeeded although violations "
-        "were reported. What is not given here comes from TORCHGUARD, TORCHGUARD_OPTIONS and [tool.torchguard] in "
-        "pyproject.toml, in that order.",
+        epilog=f"Exit status: the program's own; {_config.EXIT_STATUS} (or --exitcode) if it succeeded although "
+        "violations were reported. What is not given here comes from TORCHGUARD, TORCHGUARD_OPTIONS and "
+        "[tool.torchguard] in pyproject.toml, in that order.",
         allow_abbrev=False,
     )
     parser.add_argument(

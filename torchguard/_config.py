@@ -84,8 +84,8 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
     """One configuration from all layers, those that count most first; and what is wrong with them, a line each.
 
     Args:
-        default: the mode where no layer names one. Where one says just ``on``, the next that names a mode says which; else
-            it is strict.
+        default: the mode where no layer names one. Where one says just ``on``, the next that names a mode says which;
+            else it is strict.
     """
     chosen: dict[str, Any] = {}
     problems: list[str] = []
@@ -197,7 +197,7 @@ def of_environment(environment: Mapping[str, str]) -> tuple[list[Layer], list[st
     return layers, problems
 
 
-#: As the sanitizers have it: KEY=VALUE, separated by colons, commas or space, a value in quotes if it holds one of them.
+#: As the sanitizers have it: KEY=VALUE, separated by colons, commas or space; a value that holds one is in quotes.
 _OPTION = re.compile(
     r"""(?P<key>[^\s:,='"]+)(?:=(?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<plain>(?:[A-Za-z]:(?=[\\/]))?[^\s:,]*)))?"""
     r"""(?=[\s:,]|$)|(?P<rest>[^\s:,]+)"""

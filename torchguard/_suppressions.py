@@ -31,7 +31,8 @@ class Suppression:
     """One decision to live with a violation.
 
     Attributes:
-        path: glob of the file: ``*`` and ``?`` within a directory, ``**`` across them; a relative one matches at any depth.
+        path: glob of the file: ``*`` and ``?`` within a directory, ``**`` across them; a relative one matches at any
+            depth.
         lines: first and last line, None for any.
         function: glob of the function's name, qualified or bare; None for any.
         kinds: kinds of violation; empty for any.

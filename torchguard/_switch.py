@@ -1,8 +1,8 @@
 """How is the guard switched on for a whole process, and what is said and done when the process ends?
 
-A session is what lies between. It belongs to the process that began it, the main one; that one sets the exit status and
-sums up. Its child processes inherit the environment, are guarded by the same configuration, and leave what they found for
-the main process in a file whose name they inherit, too.
+A session is what lies between. It belongs to the process that began it, the main one; that one sets the exit status
+and sums up. Its child processes inherit the environment, are guarded by the same configuration, and leave what they
+found for the main process in a file whose name they inherit, too.
 """
 
 from __future__ import annotations
@@ -154,7 +154,10 @@ def arm(config: Config, layers: list[Layer]) -> Session:
 
 
 def stand_aside() -> None:
-    """Somebody else (the pytest plugin) switches the guard on and off in this process, whatever the environment says."""
+    """Somebody else (the pytest plugin) switches the guard on and off in this process, whatever the environment says.
+
+    (Called by torchguard.)
+    """
     global _session, _aside
     _aside = True
     if _session is not None and _session.origin == "environment":
@@ -371,7 +374,7 @@ class Session:
         return stem + suffix
 
     def _watch_exit(self) -> None:
-        """Nothing else tells a program that fails by ``sys.exit(1)`` from one that succeeds. Once there is a violation."""
+        """From the first violation on: nothing else tells ``sys.exit(1)`` from success."""
         original = sys.exit
         if self._child or not self.config.exitcode or getattr(original, "_torchguard", False):
             return
@@ -537,22 +540,22 @@ _pending: list[Any] = []
 def _call_in_main_thread(guard: Guard) -> bool:
     """Have the main thread covered as soon as it runs Python code."""
 
-    @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
     def cover(_: Any) -> int:
         with contextlib.suppress(Exception):
             if guard in _policy.process_wide:
                 guard.cover_this_thread()
         return 0
 
-    _pending.append(cover)  # it must outlive the call
-    return bool(ctypes.pythonapi.Py_AddPendingCall(cover, None) == 0)
+    call = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(cover)
+    _pending.append(call)  # it must outlive the call
+    return bool(ctypes.pythonapi.Py_AddPendingCall(call, None) == 0)
 
 
 def _exit_with(status: int) -> None:
     """End the process with ``status`` once everything else, down to the last destructor, has been torn down.
 
-    ``os._exit`` would lose what is still in buffers. glibc's ``exit`` may be called again by what runs at exit: it goes on
-    with the rest and ends with the new status. Elsewhere ``_exit`` comes last, after C's buffers are flushed.
+    ``os._exit`` would lose what is still in buffers. glibc's ``exit`` may be called again by what runs at exit: it goes
+    on with the rest and ends with the new status. Elsewhere ``_exit`` comes last, after C's buffers are flushed.
     """
     try:
         libc = ctypes.CDLL(None)
