@@ -20,6 +20,7 @@ def start() -> None:
         import sys
 
         try:
-            sys.stderr.write(f"torchguard: could not be switched on: {type(error).__name__}: {error}\n")
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            sys.stderr.write(f"torchguard: could not be switched on: {what}\n")
         except Exception:
             return  # no standard error to tell it on

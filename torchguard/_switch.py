@@ -43,7 +43,7 @@ _ASKED = ("TORCHGUARD", "TORCHGUARD_OPTIONS")
 def say(line: str) -> None:
     """One line on standard error, if there is any."""
     with contextlib.suppress(Exception):
-        sys.stderr.write(f"torchguard: {line}\n")
+        sys.stderr.write(f"torchguard: {' '.join(line.splitlines())}\n")
         sys.stderr.flush()
 
 
