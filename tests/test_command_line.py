@@ -19,7 +19,7 @@ from torchguard import __main__ as command_line
 SELFIE = """
 import os, sys
 main = sys.modules["__main__"]
-print(sys.argv, sys.path, __file__, __name__, __package__, repr(__spec__), type(__loader__).__name__, __cached__, __doc__)
+print(sys.argv, sys.path, __file__, __name__, __package__, __spec__ and (__spec__.name, __spec__.origin, type(__spec__.loader)), type(__loader__).__name__, __cached__, __doc__)
 print(sorted(main.__dict__), main.__dict__ is globals(), __builtins__, os.getcwd())
 print(sys.excepthook is sys.__excepthook__, sys.exit.__module__, sys.stdin.read(), __debug__, sys.flags)
 class Local: pass
@@ -81,7 +81,6 @@ ENDS = {
     "exception": "def f():\n    raise ValueError('x')\ntry:\n    f()\nexcept ValueError as e:\n    raise KeyError('y') from e",
     "group": "raise ExceptionGroup('two', [ValueError(1), KeyError(2)])" if sys.version_info >= (3, 11) else "1/0",
     "syntax": "x = (",
-    "null": "x = 1\n\0",
     "hook": "import sys\nsys.excepthook = lambda kind, error, tb: print('mine', kind, tb.tb_lineno, error.__traceback__ is tb)\n1/0",
     "thread": "import threading\ndef f():\n    1/0\nt = threading.Thread(target=f, name='T'); t.start(); t.join()",
     "exit hook": "import atexit, sys\natexit.register(lambda: print('last', hasattr(sys, 'last_value')))\n1/0",

@@ -490,7 +490,7 @@ if dist.get_rank() == 1:
 total = torch.ones(1)
 dist.all_reduce(total)
 import sys
-sys.stdout.write(f"sum {int(total)}\n")
+sys.stdout.write(f"sum {int(total)}\\n")
 dist.barrier()
 dist.destroy_process_group()
 """

@@ -115,22 +115,21 @@ def _script(words: list[str]) -> Callable[[], object]:
         program = _as_main()
         _set_path(os.path.abspath(script))
         return lambda: _run_as_python_does("__main__", alter_argv=False, keep=program)
+    path = os.path.join(os.getcwd(), script)  # with its ./ and ../, as Python has it
     try:
-        with io.open_code(os.path.abspath(script)) as file:
+        with io.open_code(path) as file:
             code = pkgutil.read_code(file)
         if code is None:
-            with io.open_code(os.path.abspath(script)) as file:
+            with io.open_code(path) as file:
                 source = file.read()
     except OSError as error:
-        sys.stderr.write(
-            f"torchguard: can't open file {os.path.abspath(script)!r}: [Errno {error.errno}] {error.strerror}\n"
-        )
+        sys.stderr.write(f"torchguard: can't open file {path!r}: [Errno {error.errno}] {error.strerror}\n")
         sys.exit(2)
-    program = _as_main(os.path.abspath(script))
-    _set_path(os.path.dirname(os.path.realpath(script)))
+    program = _as_main(path)
+    _set_path(os.path.dirname(os.path.realpath(path)))
 
     def run() -> None:
-        exec(code or compile(source, os.path.abspath(script), "exec", dont_inherit=True), program.__dict__)
+        exec(code or compile(source, path, "exec", dont_inherit=True), program.__dict__)
 
     return run
 
