@@ -76,6 +76,7 @@ class _Run:
         self.guard: Guard | None = None
         self.on = False
         self.heard: dict[Any, list[Any]] = {}
+        self.outside: list[dict[str, Any]] = []
         self.used: set[str] = set()
         self.sites: dict[Any, _Site] = {}
         self._suppressions: Any = None
@@ -249,6 +250,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     config, wrong = run.config_of(item)
     if wrong:
         item.stash[_WRONG] = wrong[0]
+    run.outside += run.take_heard()  # by what was imported since the last test
     if config.mode == "off" and run.guard is None:
         return (yield)
     run.change(config)
@@ -298,13 +300,13 @@ def torchguard_strict(request: pytest.FixtureRequest) -> Iterator[Guard]:
 # ---- the end -----------------------------------------------------------------------------------------------
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
+@pytest.hookimpl(wrapper=True, trylast=True)  # the summary is printed by a wrapper around this one
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
     """What was heard outside tests; a worker sends it to the process that prints."""
     result = yield
     run = session.config.stash[_RUN]
     run.change(Config())
-    outside = run.take_heard()
+    outside = run.outside + run.take_heard()
     sent = getattr(session.config, "workeroutput", None)
     if sent is not None:
         used = sorted(run._suppressions.used) if run._suppressions is not None else []
