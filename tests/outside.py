@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import signal
 import subprocess
@@ -97,11 +96,6 @@ def python(
         os.killpg(process.pid, signal.SIGKILL)  # with its own children
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def plugin_is_installed() -> bool:
-    """Whether pytest finds the plugin by itself in this process."""
-    return bool(importlib.metadata.entry_points(group="pytest11", name="torchguard"))
 
 
 def summary(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -251,6 +251,7 @@ def test_the_demo(tmp_path: Path) -> None:
     assert "a.grad is      [0.0, 0.0, 0.0]\na.grad should be [0.1966, 0.105, 0.0452]" in done.stdout
     assert "SavedTensorCorruptionError: zero_() through .data would corrupt" in done.stdout
     assert "written   demo.py:6" in done.stdout
+    assert command_line.main(["demo", "x"]) == 2
     program = done.stdout.partition("---")[0].strip().splitlines()
     assert len(program) <= 10
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from outside import CORRUPT, LINE, plugin_is_installed, python
+from outside import CORRUPT, LINE, python
 
 from torchguard import _switch
 
@@ -30,6 +30,7 @@ Run = Callable[..., pytest.RunResult]
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("TORCHGUARD", "TORCHGUARD_OPTIONS", "TORCHGUARD_PARENT", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the plugin alone, and by name
     monkeypatch.setattr(_switch, "_aside", False)
     yield
     assert _switch._session is None
@@ -44,10 +45,8 @@ def run(pytester: pytest.Pytester) -> Run:
             (pytester.path / name.replace("__", ".")).write_text(content)
         if text:
             pytester.makepyfile(test_it=CORRUPT + WHICH + text)
-        plugin = () if plugin_is_installed() else ("-p", "torchguard.pytest_plugin")
-        return pytester.runpytest_inprocess(
-            *plugin, "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "default", *arguments
-        )
+        plugin = ("-p", "torchguard.pytest_plugin", "-p", "no:cacheprovider")
+        return pytester.runpytest_inprocess(*plugin, "-W", "default", *arguments)
 
     return run
 

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = vars(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
     module, program = told.pop("module"), told.pop("program")
     if module is None and program and program[0] in _COMMANDS:
-        status: int = importlib.import_module(_COMMANDS[program[0]]).main(*([program[1:]] if program[1:] else []))
+        status: int = importlib.import_module(_COMMANDS[program[0]]).main(program[1:])
         return status
     if not (module or program):
         parser.error("say which program to run: a script, or -m and a module")

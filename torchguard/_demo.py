@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import linecache
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 _FILE = "demo.py"
@@ -20,8 +22,11 @@ print("a.grad is     ", [round(value, 4) for value in a.grad.tolist()])
 """
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Show the program, run it bare, and run it guarded; the exit status."""
+    if arguments:
+        print(f"torchguard demo takes no arguments, and not {arguments[0]!r}", file=sys.stderr)
+        return 2
     import torchguard
 
     print(_PROGRAM)

@@ -120,7 +120,7 @@ def disable() -> None:
         return
     _session.pause()
     if _session.origin == "arguments":
-        _session.finish()
+        _session.conclude()
         _session = None
 
 
@@ -251,7 +251,8 @@ class Session:
         self._asked_to_exit: Any = None
         self._sites: dict[Any, list[Any]] = {}
         self._lock = threading.RLock()
-        self._finished_in = 0
+        self._concluded_in = self._finished_in = 0
+        self._reported = 0
         parent = _parent() if origin == "environment" else None
         self._child = parent is not None
         name = f"torchguard-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
@@ -279,7 +280,7 @@ class Session:
 
     def begin(self, guard_is_ready: bool = False) -> None:
         """Switch the guard on; says so in one line if that cannot be."""
-        if self.config.mode == "off" or self.guard is not None or self._finished_in == os.getpid():
+        if self.config.mode == "off" or self.guard is not None or self._concluded_in == os.getpid():
             return
         module = sys.modules.get("torchguard.guard")
         if not guard_is_ready and module is not None and getattr(module.__spec__, "_initializing", False):
@@ -442,26 +443,36 @@ class Session:
     # ---- the end
 
     def finish(self) -> None:
-        """Leave the guard, write the report, sum up, set the exit status; once a process."""
+        """The process ends: conclude, and set the exit status; once a process."""
+        self.conclude()
         if self._finished_in == os.getpid():
             return
         self._finished_in = os.getpid()
+        if not self._child and self._reported and self.config.exitcode and self._succeeded():
+            _exit_with(self.config.exitcode)
+
+    def conclude(self) -> None:
+        """Leave the guard, write the report, sum up; once a process."""
+        if self._concluded_in == os.getpid():
+            return
+        self._concluded_in = os.getpid()
         try:
             self.pause()
             if self._child:
                 if self._sites and self.config.report is not None:
                     self._write_report()
                 return
-            self._forget()
             told = self._collect_mail()
             if self.config.report is not None and self.config.mode != "off":
                 self._write_report()
             mine = [violation for violation in self._all() if violation.allowed is None]
+            self._reported = len(mine) + len(told)
             self._sum_up(mine, told)
-            if (mine or told) and self.config.exitcode and self._succeeded():
-                _exit_with(self.config.exitcode)
         except Exception as error:
             say(f"could not sum up: {type(error).__name__}: {error}")
+        finally:
+            if not (self._reported and self.config.exitcode):
+                self._forget()
 
     def _sum_up(self, mine: list[Violation], told: list[str]) -> None:
         if self.origin != "arguments" and self.config.mode != "off":

@@ -4,7 +4,7 @@ Every test has a guard of its own, from its first fixture to its last; between t
 modules are imported, one in the mode of the whole run is on. Whatever a guard hears travels with the test's reports, so
 that the process that prints the summary knows it, whichever process ran the test.
 
-torch is imported when the first guard is entered, and not before.
+torch is imported when the first guard is entered, and not before. (PYTEST_DONT_REWRITE: nothing is asserted here.)
 """
 
 from __future__ import annotations
@@ -125,8 +125,7 @@ class _Run:
 
         if config.suppressions != self.config.suppressions:
             found, wrong = _suppressions.read(config.suppressions, "suppressions")
-            if wrong:
-                raise pytest.UsageError(f"torchguard: {wrong[0]}")
+            self.problems += [problem for problem in wrong if problem not in self.problems]
             return found
         if self._suppressions is None:
             self._suppressions, wrong = _suppressions.read(self.config.suppressions, "suppressions")
@@ -184,7 +183,7 @@ class _Run:
 
     def write_report(self) -> None:
         """Write all violations so far, if a report is asked for."""
-        if self.config.report is None:
+        if self.config.report is None or hasattr(self.pytest_config, "workerinput"):
             return
         from torchguard import _plain_report
 
