@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outside import ROOT
 
 import torchguard
 from torchguard import _config
@@ -91,6 +92,14 @@ def test_every_mode_of_the_table_is_a_function_of_the_package_and_makes_the_same
     configured = torchguard.Guard(**Config(mode=name).guard_keywords())
     for attribute in ("action", "at", "depth", "every_call"):
         assert getattr(made, attribute) == getattr(configured, attribute)
+
+
+def test_the_page_names_every_option_and_every_mode() -> None:
+    page = (ROOT / "docs" / "switching-on.md").read_text()
+    for option in _config.OPTIONS:
+        assert f"\n| `{option}` | " in page
+    for mode in _config.MODES:
+        assert f"`{mode}`" in page
 
 
 # ---- what cannot be understood -----------------------------------------------------------------------------

@@ -177,6 +177,15 @@ def test_a_bad_variable_or_ini_value_is_told_and_the_tests_run(run: Run, monkeyp
     assert told[1].startswith("the ini file: torchguard: mode='strcit' is not a mode of this version")
 
 
+def test_a_conftest_file_may_name_the_plugin(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("pytest_plugins = ['torchguard.pytest_plugin']")
+    pytester.makepyfile(test_it=CORRUPT + WHICH + "def test_it(torchguard_strict):\n    assert mode() == 'strict'\n")
+    pytester.makeini("[pytest]\ntorchguard = warn\n")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-W", "default")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["torchguard: warn"])
+
+
 # ---- what is guarded ---------------------------------------------------------------------------------------
 
 

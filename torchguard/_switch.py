@@ -109,7 +109,8 @@ def enable(
     else:
         _session.change(config)
     _session.begin()
-    assert _session.guard is not None
+    if _session.guard is None:
+        raise RuntimeError("torchguard: the guard could not be switched on")  # begin() has said why
     return _session.guard
 
 
@@ -557,6 +558,8 @@ def _call_in_main_thread(guard: Guard) -> bool:
                 guard.cover_this_thread()
         return 0
 
+    if not hasattr(ctypes, "pythonapi"):  # not CPython
+        return False
     call = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(cover)
     _pending.append(call)  # it must outlive the call
     return bool(ctypes.pythonapi.Py_AddPendingCall(call, None) == 0)

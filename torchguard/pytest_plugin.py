@@ -64,9 +64,8 @@ class _Site:
 class _Run:
     """One run of pytest: its configuration, the guard that is on, what the tests reported."""
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, options: argparse.Namespace) -> None:
         self.pytest_config = config
-        options = config.known_args_namespace
         self.distributes = "PYTEST_XDIST_WORKER" not in os.environ and bool(
             getattr(options, "numprocesses", None) or getattr(options, "dist", "no") != "no"
         )
@@ -216,15 +215,21 @@ _OUTSIDE = "(outside tests)"
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, Any, Any]:
     """From here on, conftest files are imported."""
-    run = early_config.stash[_RUN] = _Run(early_config)
-    early_config.add_cleanup(lambda: run.change(Config()))
+    _begin(early_config, early_config.known_args_namespace)
+    return (yield)
+
+
+def _begin(config: pytest.Config, options: argparse.Namespace) -> None:
+    run = config.stash[_RUN] = _Run(config, options)
+    config.add_cleanup(lambda: run.change(Config()))
     if not run.distributes:
         run.change(run.config)
-    return (yield)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The marker, for ``--strict-markers``; reports come to the run that they belong to."""
+    if _RUN not in config.stash:  # named in a conftest file, which is read late
+        _begin(config, config.option)
     config.pluginmanager.register(config.stash[_RUN], "torchguard-run")
     config.addinivalue_line(
         "markers",
