@@ -126,6 +126,7 @@ def _clear_up() -> None:
     while torch._C._len_torch_function_stack():
         torch._C._pop_torch_function_stack()
     _policy.entered.clear()
+    _policy.process_wide.clear()
     _policy.state.guards.clear()
     _policy.state.reasons.clear()
     _policy.state.every_call = 0
