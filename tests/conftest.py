@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures.thread
 import copyreg
+import gc
 import multiprocessing.pool
 import threading
 from collections.abc import Callable, Iterator
@@ -145,9 +146,29 @@ def _forget_cycles() -> None:
 
 
 @pytest.fixture
+def empty_ledger() -> None:
+    """What other tests have left in uncollectable cycles of their own is not to be counted."""
+    gc.collect()
+    LEDGER.file()
+    for storage in list(LEDGER.groups):
+        LEDGER._close(storage)
+
+
+@pytest.fixture
 def found() -> Callable[[], Found]:
     """Takes down what torch looks like now; ``.differences()`` tells what has changed since."""
     return Found
+
+
+class _Everything(set[str]):
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def what_cannot_be_watched_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warning comes once a process: in whichever test is first. ``test_limits.py`` asks for it."""
+    monkeypatch.setattr("torchguard._findings.told", _Everything())
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,9 @@ def saves() -> list[Any]:
     return LEDGER.all_alive()
 
 
+pytestmark = pytest.mark.usefixtures("empty_ledger")
+
+
 def proofs() -> int:
     """How many live saves keep a copy."""
     return sum(save.remarks is not None and save.remarks.proof is not None for save in saves())

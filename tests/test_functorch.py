@@ -171,6 +171,7 @@ def test_a_guard_left_inside_a_transform() -> None:
     assert frozen(grad(program)(x)) == frozen(grad(function)(x))
 
 
+@pytest.mark.usefixtures("empty_ledger")
 def test_no_save_outlives_the_transform() -> None:
     leaked: list[Any] = []
 
@@ -190,6 +191,7 @@ def test_no_save_outlives_the_transform() -> None:
         assert [ref() for ref in leaked] == [None] * 2
 
 
+@pytest.mark.usefixtures("empty_ledger")
 def test_many_steps_leave_nothing_behind() -> None:
     x = torch.randn(3)
     with torchguard.strict():

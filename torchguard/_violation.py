@@ -97,6 +97,7 @@ what weights, biases, buffers and masks hold by then. PyTorch checks none of the
 versions. Without torchguard, backward() would finish with wrong gradients and no error.""",
         "do it after backward(), or hand the tensor to checkpoint() as an argument, which autograd checks",
         seen=False,
+        unknown_writer="between forward and backward, by a call that is not patched: out=, torch.ops or an extension",
         verb="has changed a tensor that a checkpoint reads again in backward",
     ),
 }
