@@ -226,7 +226,7 @@ class Violation:
             places.append(("aliased", self.aliased, ""))
         if self._writer_unknown:
             places.append(("written", None, ""))
-            bound = "up to " if self.kind == "unseen" else ""
+            bound = "up to " if self.kind in ("unseen", "recompute") else ""  # the whole save, for all the guard knows
             places.append(("read", self.written, bound + changed))
         else:
             places.append(("written", self.written, changed))
