@@ -272,3 +272,8 @@ class Violation:
         expression = self.aliased.expression if self.aliased else ""
         name = expression.removesuffix(".data")
         return name if name != expression and name.isprintable() and len(name) <= 30 else "x"
+
+
+# Tracebacks and warnings show the name that users import.
+for _public in (SavedTensorCorruptionError, SavedTensorCorruptionWarning, UnwatchedWarning, Violation):
+    _public.__module__ = "torchguard"
