@@ -1,7 +1,8 @@
 """DistributedDataParallel hides its buffer broadcast from the check
 
 Before every forward DDP copies rank 0's buffers over those of the others. When people ran into PyTorch's refusal (two
-forwards, one backward), the copy was wrapped so that the counters do not move: now the other ranks compute wrong gradients.
+forwards, one backward), the copy was wrapped so that the counters do not move: now the other ranks compute wrong
+gradients.
 
 Upstream: [pytorch#22095](https://github.com/pytorch/pytorch/issues/22095),
 [pytorch#175024](https://github.com/pytorch/pytorch/issues/175024),
