@@ -33,8 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_fingerprint": {"_memory", "_torch"},
     "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_hooked": {
-        "_aliases", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch", "_verdict",
-        "_violation",
+        "_aliases", "_exports", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch",
+        "_verdict", "_violation",
     },
     "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_refusal": {"_torch"},
     "_replay": {"_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
-    "_rereads": {"_aliases", "_memory", "_places", "_policy", "_saves"},
+    "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves"},
     "_saves": {
         "_aliases", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation",
     },

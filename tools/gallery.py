@@ -11,6 +11,7 @@ import ast
 import concurrent.futures
 import difflib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -92,8 +93,9 @@ def show(script: Path) -> Shown:
     done = subprocess.run(
         [sys.executable, script.name], cwd=script.parent, env=environment, capture_output=True, text=True, timeout=300
     )
-    report = done.stderr.rpartition(_REPORT)[2]
-    if _REPORT not in done.stderr or "allow:" not in report:
+    said = re.sub(r"(?m)^\[rank\d+\]: ?", "", done.stderr)  # torch marks what a rank prints as it ends
+    report = said.rpartition(_REPORT)[2]
+    if _REPORT not in said or "allow:" not in report:
         raise RuntimeError(f"{script.name} does not end in a report:\n{done.stdout}\n{done.stderr[-3000:]}")
     report = report[: report.index("\n", report.index("  allow:"))] if "\n" in report else report
     return Shown(title, text, code, done.stdout.strip(), _REPORT + report.strip())

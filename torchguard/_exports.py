@@ -197,6 +197,14 @@ class Exports:
         except _memory.NO_MEMORY:
             return
 
+    def meet(self, save: Save, storage: int, grad_fn: Any) -> None:
+        """Have a save keep proof if somebody outside torch can write to it, known already or not."""
+        known = self.by_storage.get(storage)
+        if known is None:
+            self.ask(save, storage, grad_fn)
+        elif known.exports:
+            self.keep(save, known)
+
     def keep(self, save: Save, shared: Shared) -> None:
         """Have a save keep proof if somebody outside torch can write to it."""
         span = _memory.span_of(save.tensor)

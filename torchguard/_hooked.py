@@ -29,9 +29,10 @@ import torch
 import torch.utils.checkpoint
 
 from torchguard import _memory, _places, _policy, _torch, _verdict
-from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
+from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
+from torchguard._exports import EXPORTS, Export
 from torchguard._overlap import overlaps
-from torchguard._reads import collector
+from torchguard._reads import collector, export_behind
 from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, OWN_FILES, Save, extent_of, operation_of_node
 from torchguard._torch import Hooks
@@ -114,8 +115,9 @@ class HookedSave(Save):
     def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
         """A write is coming: keep proof, and compare when backward reads."""
         remarks = self.remark()
-        if not (remarks.compare or self.tracked or remarks.suspect is not None):
-            # What was copied at the save may not have been filled yet (the noise of an RReLU).
+        if not (remarks.compare or self.tracked or remarks.suspect is not None or remarks.exports):
+            # What was copied at the save may not have been filled yet (the noise of an RReLU), and what code outside
+            # torch can write to may not be what was saved any more.
             remarks.proof = None
         reasons = _policy.state.reasons
         if not remarks.compare or self.reason is not None:
@@ -406,6 +408,7 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> Hooked
         remarks = save.remark()  # for a tracked write that nobody sees coming
         if remarks.proof is None:
             remarks.proof = judged.detach().clone()
+    EXPORTS.meet(save, storage, tensor.grad_fn)
     LEDGER.add(save)
     return save
 
@@ -431,9 +434,13 @@ def _suspicious(save: HookedSave) -> bool:
         with _torch.no_torch_function():
             ALIASES.sync(save.storage)
     remarks = save.remarks
-    return (
-        save.tracked or (remarks is not None and (remarks.compare or remarks.suspect is not None)) or _is_rebound(save)
-    )
+    if remarks is not None and (remarks.compare or remarks.suspect is not None or _is_exported(save)):
+        return True
+    return save.tracked or _is_rebound(save)
+
+
+def _is_exported(save: HookedSave) -> bool:
+    return save.remarks is not None and bool(save.remarks.exports) and save.remarks.proof is not None
 
 
 def _is_rebound(save: HookedSave) -> bool:
@@ -477,14 +484,16 @@ def _is_changed(save: HookedSave, read: torch.Tensor, recomputed: bool) -> bool:
 def _report(save: HookedSave) -> None:
     remarks = save.remark()
     read = _places.user_instruction(sys._getframe(1))
-    suspect = remarks.suspect
+    alias: AliasRecord | Export | None = remarks.suspect
     kind: Kind
     if _is_rebound(save):
         kind, operation, written = "rebind", "x.data = y", read
     elif remarks.writer is not None:
         kind, operation, written = remarks.writer
-    else:
+    elif save.tracked or alias is not None or not _is_exported(save):
         kind, operation, written = "unchecked" if save.tracked else "unseen", "", read
+    else:
+        kind, operation, written, alias = "exported", "", read, export_behind(save)
     reasons = _policy.state.reasons
     if save.reason is not None:
         reasons.append(save.reason)
@@ -493,7 +502,7 @@ def _report(save: HookedSave) -> None:
             save,
             kind,
             operation,
-            aliased=None if suspect is None else suspect.instruction,
+            aliased=None if alias is None else alias.instruction,
             written=written,
             read=read,
             elements=save.changed_elements,

@@ -142,7 +142,7 @@ def _unused(save: Save) -> bool:
 
 def _report(save: Save, kind: Kind) -> None:
     remarks = save.remark()
-    alias: AliasRecord | Export | None = _export_behind(save) if kind == "exported" else remarks.suspect
+    alias: AliasRecord | Export | None = export_behind(save) if kind == "exported" else remarks.suspect
     read = _places.user_instruction(sys._getframe(1))
     operation, written = "x.data = y" if kind == "rebind" else "", read
     if remarks.writer is not None and kind == "unseen":
@@ -163,7 +163,7 @@ def _report(save: Save, kind: Kind) -> None:
     save.accept()  # nothing was raised: a later write is another violation
 
 
-def _export_behind(save: Save) -> Export:
+def export_behind(save: Save) -> Export:
     """The export through which a save was written to: the first that reaches an element that differs."""
     remarks = save.remark()
     exports, proof = remarks.exports, remarks.proof

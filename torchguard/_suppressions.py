@@ -177,7 +177,9 @@ def read(
             return Suppressions(), [f"{source}: {getattr(error, 'strerror', None) or error}; nothing is suppressed"]
         source = os.path.relpath(source) if os.path.isabs(source) and _below_here(source) else source
     else:
-        lines = list(value)
+        lines = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(line, str) for line in lines):
+        return Suppressions(), [f"{source}: the path of a file, or lines of text, and not {value!r}"]
     found, problems = [], []
     for number, line in enumerate(lines, 1):
         try:

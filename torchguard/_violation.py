@@ -106,7 +106,7 @@ what weights, biases, buffers and masks hold by then. PyTorch checks none of the
 versions. Without torchguard, backward() would finish with wrong gradients and no error.""",
         "do it after backward(), or hand the tensor to checkpoint() as an argument, which autograd checks",
         seen=False,
-        unknown_writer="between forward and backward, by a call that is not patched: out=, torch.ops or an extension",
+        unknown_writer="between forward and backward, by code that is not patched: out=, torch.ops, NumPy or C++",
         verb="has changed a tensor that a checkpoint reads again in backward",
     ),
 }
@@ -124,11 +124,11 @@ class SavedTensorCorruptionError(RuntimeError):
     """
 
     def __init__(self, violation: Violation) -> None:
-        super().__init__(violation)
+        super().__init__(str(violation))  # text: load_state_dict() and loggers put the arguments into texts of theirs
         self.violation = violation
 
-    def __str__(self) -> str:
-        return str(self.violation)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.violation,)
 
 
 class SavedTensorCorruptionWarning(UserWarning):

@@ -35,6 +35,11 @@ class _Block:
     def __call__(self, function: F) -> F:
         if not callable(function):
             raise TypeError(f"torchguard: {type(self).__name__.lower()}() decorates functions, not {function!r}")
+        if isinstance(function, type):
+            raise TypeError(
+                f"torchguard: {type(self).__name__.lower()}() decorates functions, not the class {function.__name__}: "
+                "decorate the methods that are to be watched"
+            )
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
