@@ -1,7 +1,7 @@
 """How do records get into files and out of them again, whole or cut off by a crash?
 
-Every kind of report but plain text carries its records: as its lines (``.jsonl``), as the document (``.json``), in property
-bags (``.sarif``), in a data block that no browser runs (``.html``).
+Every kind of report but plain text carries its records: as its lines (``.jsonl``), in the document (``.json``), in a
+property bag (``.sarif``), in a data block that no browser runs (``.html``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torchguard._report._records import FORMAT, Record, Report, ReportError, counted
+from torchguard._report._records import FORMAT, Record, Report, ReportError
 
 SUFFIXES = (".jsonl", ".json", ".sarif", ".html", ".txt")
 
@@ -184,7 +184,7 @@ def text(report: Report) -> str:
         for site in report.answered
     ]
     parts += [f"not watched: {what}" for what in sorted(report.unwatched)]
-    parts += [f"note: {note}" for note in notes(report)]
+    parts += [f"note: {note}" for note in report.told()]
     return "\n".join([*parts, f"torchguard: {report.summary()}", ""])
 
 
@@ -195,15 +195,3 @@ def _who(report: Report, site: Any) -> str:
         for hit, times in site.hits.items()
     )
     return "; ".join(where)
-
-
-def notes(report: Report) -> list[str]:
-    """What a reader should know of the files that the report was read from, and of processes that did not end."""
-    told = list(report.notes)
-    if report.unfinished:
-        names = ", ".join(process.name for process in report.unfinished)
-        told.append(
-            f"{counted(len(report.unfinished), 'process', 'processes')} did not close the report (killed, or running still), "
-            f"so counts may be too low: {names}"
-        )
-    return told

@@ -11,8 +11,9 @@ import re
 _TOKEN = re.compile(
     r"""
       (?P<comment>\#.*)
-    | (?P<string>\b[rbfuRBFU]{0,2}(?:\"{3}.*?(?:\"{3}|$)|'{3}.*?(?:'{3}|$)|"(?:\\.|[^"\\])*(?:"|$)|'(?:\\.|[^'\\])*(?:'|$)))
-    | (?P<string2>\"{3}.*?(?:\"{3}|$)|'{3}.*?(?:'{3}|$)|"(?:\\.|[^"\\])*(?:"|$)|'(?:\\.|[^'\\])*(?:'|$))
+    | (?P<string>(?:\b[rbfuRBFU]{1,2})?(?:
+          \"{3}.*?(?:\"{3}|$) | '{3}.*?(?:'{3}|$) | "(?:\\.|[^"\\])*(?:"|$) | '(?:\\.|[^'\\])*(?:'|$)
+      ))
     | (?P<number>\b(?:0[xXoObB][\da-fA-F_]+|\d[\d_]*\.?[\d_]*(?:[eE][+-]?\d+)?[jJ]?))
     | (?P<decorator>^\s*@[\w.]+)
     | (?P<name>[^\W\d]\w*)
@@ -30,12 +31,12 @@ def visible(text: str) -> str:
 
 
 def highlight(line: str) -> list[tuple[str, str]]:
-    """The line cut into pieces: (``"keyword"``, ``"string"``, ``"number"``, ``"comment"``, ``"decorator"`` or ``""``, text)."""
+    """The line cut into pieces: what each is (keyword, string, number, comment, decorator or ``""``), and its text."""
     line = visible(line.expandtabs(4))
     pieces: list[tuple[str, str]] = []
     end = 0
     for match in _TOKEN.finditer(line):
-        kind = (match.lastgroup or "").rstrip("2")
+        kind = match.lastgroup or ""
         if kind == "name":
             if not keyword.iskeyword(match.group()):
                 continue

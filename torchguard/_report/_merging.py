@@ -12,8 +12,8 @@ from torchguard._report._records import Report, ReportError
 
 
 def merge(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Report:
-    """Make one report of several, of any format but text, each site once with all that hit it. The same file twice, or a merge
-    and what went into it, counts once. Lines cut off by a crash are left out and noted.
+    """Make one report of several, of any format but text, each site once with all that hit it. The same file twice,
+    or a merge and what went into it, counts once. Lines cut off by a crash are left out and noted.
 
     Raises:
         ReportError: if one cannot be read or is not ours, or the result cannot be written; then nothing is written.
@@ -48,7 +48,7 @@ def merge_command(arguments: Sequence[str]) -> int:
     except ReportError as error:
         print(f"torchguard: {error}", file=sys.stderr)
         return 2
-    for note in _files.notes(report):
+    for note in report.told():
         print(f"torchguard: {note}", file=sys.stderr)
     print(f"torchguard: {options.output}: {report.summary()}")
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from torchguard._report import _files
 from torchguard._report._highlight import highlight, visible
 from torchguard._report._records import Report, ReportError, Site, counted
 
@@ -32,7 +31,7 @@ def page(report: Report) -> str:
         findings=[_view(report, site) for site in findings],
         answered=[_view(report, site) for site in answered],
         processes=sorted(report.processes.values(), key=lambda one: (one.rank is None, one.rank or 0, one.name)),
-        notes=_files.notes(report),
+        notes=report.told(),
         unwatched=sorted(report.unwatched),
         records=list(report.records()),
     )

@@ -72,7 +72,8 @@ class Site:
 
     Attributes:
         id: short hash of what makes two violations the same finding, also across checkouts.
-        violation: ``Violation.to_dict()``, less what ``hits`` says, and each place with its ``path`` below the repository
+        violation: ``Violation.to_dict()``, less what ``hits`` says, and each place with its ``path`` below the
+        repository
             root (None if it is not) and its ``context``, the lines around it.
         suppressed: the reason if a suppression file answered for it, else None.
         first: when it was first hit, and by which process.
@@ -234,6 +235,17 @@ class Report:
         """The processes that never closed their report: killed, or running still."""
         return sorted((one for one in self.processes.values() if not one.ended), key=lambda one: one.name)
 
+    def told(self) -> list[str]:
+        """What a reader should know: what was wrong with the files, and which processes did not end."""
+        told = list(self.notes)
+        if self.unfinished:
+            names = ", ".join(process.name for process in self.unfinished)
+            count = counted(len(self.unfinished), "process", "processes")
+            told.append(
+                f"{count} did not close the report (killed, or running still), so counts may be too low: {names}"
+            )
+        return told
+
     def ranks(self, site: Site) -> list[int]:
         """The ranks that hit a site."""
         ranks = {self.processes[hit.process].rank for hit in site.hits}
@@ -311,9 +323,6 @@ def _typed(data: Any, what: type) -> dict[str, Any]:
     return known
 
 
-_CONTEXT = {"first": _count, "lines": lambda lines: [_text(line) for line in lines]}
-
-
 def _checked(violation: Any) -> dict[str, Any]:
     for name in ("kind", "operation", "saved_by", "dtype", "device", "caught"):
         _text(violation[name])
@@ -334,8 +343,9 @@ def _checked(violation: Any) -> dict[str, Any]:
             if place["path"] is not None:
                 _text(place["path"])
             if place["context"] is not None:
-                for name, check in _CONTEXT.items():
-                    check(place["context"][name])
+                _count(place["context"]["first"])
+                for line in place["context"]["lines"]:
+                    _text(line)
     return dict(violation)
 
 

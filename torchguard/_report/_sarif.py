@@ -1,7 +1,7 @@
 """How does a report read as SARIF 2.1.0, for code-scanning services and editors?
 
-Locations are relative to the repository root. What the memory went through is told twice: as related locations, to which the
-message links, and as a code flow. Numbers like §3.27.17 are sections of the standard.
+Locations are relative to the repository root. What the memory went through is told twice: as related locations, to
+which the message links, and as a code flow. Numbers like §3.27.17 are sections of the standard.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
-from torchguard._report import _files
 from torchguard._report._records import LABELS, Process, Report, Site, digest
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -25,8 +24,8 @@ _RULES = {
 }
 _KINDS = list(_RULES)
 _HELP = (
-    "Backward would use the changed memory and finish with wrong gradients and no error. Do the write after backward(), or on "
-    "a clone; to have autograd check it, write through detach() under torch.no_grad()."
+    "Backward would use the changed memory and finish with wrong gradients and no error. Do the write after "
+    "backward(), or on a clone; to have autograd check it, write through detach() under torch.no_grad()."
 )
 
 
@@ -51,7 +50,7 @@ def document(report: Report) -> dict[str, Any]:
         "results": _results(report),
         "properties": {"torchguard": list(report.records())},
     }
-    notes = [{"level": "warning", "message": {"text": _escaped(note)}} for note in _files.notes(report)]
+    notes = [{"level": "warning", "message": {"text": _escaped(note)}} for note in report.told()]
     notes += [{"level": "note", "message": {"text": _escaped(f"not watched: {what}")}} for what in report.unwatched]
     if notes:
         # They belong to the reading of the reports, not to one of the processes.

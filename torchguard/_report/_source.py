@@ -36,8 +36,8 @@ def path_below(root: str, file: str) -> str | None:
 
 
 def context_of(file: str, line: int, source: str) -> dict[str, Any] | None:
-    """The lines around a line, as ``{"first": number of the first, "lines": [...]}``; None if there is no source, or if the
-    file has changed since ``source`` was run.
+    """The lines around a line, as ``{"first": number of the first, "lines": [...]}``; None if there is no source, or
+    if the file has changed since ``source`` was run.
     """
     name = file if file.startswith("<") else os.path.abspath(file)
     lines = linecache.getlines(name)
@@ -64,12 +64,12 @@ def line_hash(file: str, line: int) -> str:
 
 
 def line_hashes(text: str) -> dict[int, str]:
-    """For each line, a number that stays the same while the 100 characters from there on do, blanks not counted: it survives
-    edits elsewhere in the file. Equal ones are told apart by their order.
+    """For each line, a number that stays the same while the 100 characters from there on do, blanks not counted: it
+    survives edits elsewhere in the file. Equal ones are told apart by their order.
 
-    The services compute it themselves where they have the file, and complain if a report says something else: so this is
-    their function, number for number. It is the polynomial over those characters in powers of 37, modulo 2⁶⁴, where the end
-    of the file counts as 0xFFFF and what lies beyond it as 0.
+    The services compute it themselves where they have the file, and complain if a report says something else: so this
+    is their function, number for number. It is the polynomial over those characters in powers of 37, modulo 2⁶⁴,
+    where the end of the file counts as 0xFFFF and what lies beyond it as 0.
     """
     units: list[int] = []
     starts: list[int] = []

@@ -1,8 +1,8 @@
 """How does a running process write its report so that a crash loses no violation?
 
-Each violation is a line in a journal before ``add()`` returns, written without a buffer: whatever kills the process later,
-the line stays. A ``.jsonl`` report is its journal; the other formats are made of theirs when the report is closed, and if the
-process never gets there, ``torchguard merge`` makes them of the journal that it leaves.
+Each violation is a line in a journal before ``add()`` returns, written without a buffer: whatever kills the process
+later, the line stays. A ``.jsonl`` report is its journal; the other formats are made of theirs when the report is
+closed, and if the process never gets there, ``torchguard merge`` makes them of the journal that it leaves.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class ReportWriter:
     # ---- what is added
 
     def add(self, violation: Violation, *, test: str | None = None, suppressed: str | None = None) -> None:
-        """Add a violation, ``violation.times`` times. It is in the file when this returns; how often a known site was hit is,
-        while the process runs, told to within a tenth.
+        """Add a violation, ``violation.times`` times. It is in the file when this returns; how often a known site was
+        hit is, while the process runs, told to within a tenth.
 
         Args:
             violation: what was found.
@@ -319,10 +319,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_report(path: str | os.PathLike[str]) -> ReportWriter:
-    """Open the report of this process; the suffix says which kind: ``.jsonl``, ``.json``, ``.sarif``, ``.html`` or ``.txt``.
+    """Open the report of this process; the suffix says which kind: ``.jsonl``, ``.json``, ``.sarif``, ``.html`` or
+    ``.txt``.
 
-    A rank of a distributed job writes to a file of its own, ``report.rank1.node7.4242.jsonl`` for ``report.jsonl``; so does
-    a child of a process that writes to that path, when it first has something to tell.
+    A rank of a distributed job writes to a file of its own, ``report.rank1.node7.4242.jsonl`` for ``report.jsonl``;
+    so does a child of a process that writes to that path, when it first has something to tell.
 
     Raises:
         ReportError: for a suffix that there is not, or a path that cannot be written to.

