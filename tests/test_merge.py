@@ -125,7 +125,8 @@ with Reporting("record"):
     step()
     dist.barrier()
     if rank == 1:
-        torch.exp(torch.ones(3, requires_grad=True)).data.fill_(2)
+        y = torch.exp(torch.ones(3, requires_grad=True))
+        y.data.fill_(2)
         os.write(writer._descriptor, b'{"record": "violation", "site": "ab')
         os.kill(os.getpid(), signal.SIGKILL)
     try:
@@ -232,7 +233,7 @@ def test_what_is_no_report_is_one_clear_line(
 
 
 def test_an_output_that_cannot_be_is_told_before_anything_is_read() -> None:
-    with pytest.raises(ReportError, match="not 'all.pdf'"):
+    with pytest.raises(ReportError, match=r"not 'all\.pdf'"):
         merge(["missing"], "all.pdf")
     with pytest.raises(ReportError, match="needs reports"):
         merge([], "all.html")

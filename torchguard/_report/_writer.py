@@ -112,6 +112,7 @@ class ReportWriter:
         self._broken = False
         self._closed = False
         self._path = ""
+        self._root = os.sep
         rank = rank_of_this_process()
         host = re.sub(r"[^\w-]", "_", socket.gethostname().split(".")[0]) or "host"
         self._process = Process(uuid.uuid4().hex[:16], os.getpid(), host, rank, _now(), "", _versions())
@@ -134,6 +135,8 @@ class ReportWriter:
         except OSError as error:
             raise ReportError(f"cannot write {self._path}: {_files.why(error)}") from None
         self._write(process_record(process))
+        for what in self._report.unwatched:  # told before there was a file
+            self._write({"record": "unwatched", "what": what})
 
     def _find_root(self) -> str:
         main = getattr(sys.modules.get("__main__"), "__file__", None) or "."
@@ -223,7 +226,7 @@ class ReportWriter:
         for label in LABELS:
             place = data.get(label)
             if place is not None:
-                place["path"] = path_below(getattr(self, "_root", os.sep), place["file"])
+                place["path"] = path_below(self._root, place["file"])
                 place["context"] = context_of(place["file"], place["line"], place["source"])
         return data
 
