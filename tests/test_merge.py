@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,24 @@ def test_a_broken_line_in_the_middle_is_told_and_the_rest_is_read() -> None:
         report = merge(["b.jsonl"], "all.txt")
         assert len(report.findings) == 2
         assert report.notes == ["b.jsonl: line 3 cannot be read, it is left out"], broken
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".sarif", ".html"])
+def test_a_damaged_report_is_read_or_refused_and_never_a_traceback(suffix: str) -> None:
+    written(Path(f"r{suffix}"), violation(), violation(operation="exp_()"), times=2)
+    whole = Path(f"r{suffix}").read_bytes()
+    values = list(re.finditer(rb': ("[^"]*"|\d+|null|\[\]|\{)', whole))
+    chance, outcomes = random.Random(0), set()
+    for _ in range(60):
+        match = chance.choice(values)
+        wrong = chance.choice([b"null", b"-1", b'"x"', b"[]", b"{}", b"true"])
+        Path("damaged").write_bytes(whole[: match.start(1)] + wrong + whole[match.end(1) :])
+        try:
+            merge(["damaged"], f"all{chance.choice(['.html', '.sarif', '.txt'])}")
+            outcomes.add("read")
+        except ReportError as error:
+            outcomes.add(f"refused in {len(str(error).splitlines())} line")
+    assert outcomes - {"refused in 1 line"} == {"read"}
 
 
 # ---- the command

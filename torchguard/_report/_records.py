@@ -1,7 +1,7 @@
 """What does a report hold: which processes ran, which sites did they hit, how often, in which thread and test?
 
-A report is what its records add up to. Adding is a join: records may come in any order and more than once (a process's
-report and a merge that has it already), and the sum is the same.
+A report is what its records add up to. Adding is a join: files may come in any order, and records more than once (a
+process's report and a merge that has it already), and the sum is the same.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ class Report:
             hit, times = Hit(**_typed(record["hit"], Hit)), _count(record["times"])
             site = self.sites[record["site"]]
             site.hits[hit] = max(times, site.hits.get(hit, 0))
+            self.processes.setdefault(hit.process, Process(hit.process))  # whose own line may be lost
         elif kind == "unwatched":
             self.unwatched.setdefault(_text(record["what"]))
 
@@ -198,6 +199,7 @@ class Report:
         known.hits[hit] = max(times, known.hits.get(hit, 0))
         self.sites[identity] = known
         self._join_process(Process(**_typed(record["about"], Process)))
+        self.processes.setdefault(hit.process, Process(hit.process))
 
     # ---- taking apart
 
