@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench compare clean
+.PHONY: help demo test lint format bench compare probe clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ bench: $(VENV)/installed-dev ## how much slower each workload is under the guard
 
 compare: $(VENV)/installed-dev ## how many programs of the catalogue PyTorch's own tools and the guard catch
 	@$(BIN)/python tools/compare.py $(ARGS)
+
+probe: $(VENV)/installed-dev ## run every writer of torch and write down which move no version counter (ARGS=--check)
+	@$(BIN)/python tools/probe_counters.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

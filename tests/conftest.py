@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread
+import copyreg
+import gc
+import multiprocessing.pool
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +14,13 @@ import pytest
 import torch
 
 import torchguard
-from torchguard import _hooks, _intercept, _policy
+from torchguard import _hooks, _intercept, _policy, _torch
+from torchguard._hooked import HookedSave
+from torchguard._saves import LEDGER
+
+# Pickling and swap_tensors note it on the class, whoever comes first.
+copyreg._slotnames(torch.Tensor)  # type: ignore[attr-defined]
+copyreg._slotnames(torch.nn.Parameter)  # type: ignore[attr-defined]
 
 #: Everything that a guard patches something in.
 NAMESPACES: dict[str, Any] = {
@@ -20,8 +30,17 @@ NAMESPACES: dict[str, Any] = {
     "torch._C._nn": torch._C._nn,
     "torch._VF": torch._VF,
     "torch._C._autograd": torch._C._autograd,
+    "torch.autograd": torch.autograd,
+    "the work of executors": concurrent.futures.thread._WorkItem,
+    "ThreadPool": multiprocessing.pool.ThreadPool,
     "BackwardCFunction": torch.autograd.function.BackwardCFunction,
+    "_unsafe_preserve_version_counter": torch.autograd._unsafe_preserve_version_counter,
     "threading.Thread": threading.Thread,
+    "torch.UntypedStorage": torch.UntypedStorage,
+    "torch.utils.dlpack": torch.utils.dlpack,
+    "torch._C": torch._C,
+    **{f"process groups: {owner.__name__}": owner for owner in _torch.PROCESS_GROUPS},
+    **{f"{owner.__name__}": owner for owner, _ in _torch.BROADCAST_COALESCED},
     "the table of TorchScript's builtins": None,
 }
 
@@ -108,6 +127,7 @@ def _clear_up() -> None:
     while torch._C._len_torch_function_stack():
         torch._C._pop_torch_function_stack()
     _policy.entered.clear()
+    _policy.process_wide.clear()
     _policy.state.guards.clear()
     _policy.state.reasons.clear()
     _policy.state.every_call = 0
@@ -117,10 +137,38 @@ def _clear_up() -> None:
     _intercept._installed = 0
 
 
+def _forget_cycles() -> None:
+    """A pack hook that returns an output itself makes a cycle that nobody collects, guarded or not."""
+    LEDGER.file()
+    for storage, group in list(LEDGER.groups.items()):
+        if any(isinstance(item(), HookedSave) for item in group):
+            LEDGER._close(storage)
+
+
+@pytest.fixture
+def empty_ledger() -> None:
+    """What other tests have left in uncollectable cycles of their own is not to be counted."""
+    gc.collect()
+    LEDGER.file()
+    for storage in list(LEDGER.groups):
+        LEDGER._close(storage)
+
+
 @pytest.fixture
 def found() -> Callable[[], Found]:
     """Takes down what torch looks like now; ``.differences()`` tells what has changed since."""
     return Found
+
+
+class _Everything(set[str]):
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def what_cannot_be_watched_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warning comes once a process: in whichever test is first. ``test_limits.py`` asks for it."""
+    monkeypatch.setattr("torchguard._findings.told", _Everything())
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +176,7 @@ def torch_as_found() -> Iterator[None]:
     """No hook, no mode, no guard and no patch outlives a test."""
     before = Found()
     yield
+    _forget_cycles()
     left = before.differences()
     if _policy.entered or _policy.state.guards:
         left.append(f"guards that are still entered: {_policy.entered or _policy.state.guards}")

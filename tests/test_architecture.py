@@ -15,24 +15,52 @@ PACKAGE = Path(torchguard.__file__).parent
 #: Which module may import which of ours. An arrow that is not here is a decision to be taken; one that no
 #: module uses any more is to be taken out.
 MAY_IMPORT: dict[str, set[str]] = {
-    "__init__": {"_violation", "guard"},
+    "__init__": {"_switch", "_violation", "guard"},
+    "__main__": {"_config", "_switch", "_tracebacks"},
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
-    "_findings": {"_torch", "_violation"},
-    "_hooks": {"_policy", "_reads", "_saves", "_torch"},
-    "_intercept": {
-        "_aliases", "_hooks", "_memory", "_places", "_policy", "_reads", "_refusal", "_saves", "_torch",
-        "_writers", "_writes",
+    "_collectives": {
+        "_aliases", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers", "_writes",
     },
+    "_compiled": {
+        "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers",
+        "_writes",
+    },
+    "_config": set(),
+    "_counterless": set(),
+    "_demo": set(),
+    "_exports": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_findings": {"_torch", "_violation"},
+    "_fingerprint": {"_memory", "_torch"},
+    "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
+    "_hooked": {
+        "_aliases", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch", "_verdict",
+        "_violation",
+    },
+    "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
+    "_intercept": {
+        "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory",
+        "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads", "_saves",
+        "_storages", "_torch", "_writers", "_writes",
+    },
+    "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
     "_ledger": set(),
     "_memory": {"_model", "_torch"},
     "_model": set(),
     "_overlap": {"_model"},
     "_places": {"_model"},
+    "_plain_report": {"_violation"},
     "_policy": {"_violation"},
+    "_pools": {"_hooks", "_policy"},
+    "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
     "_reads": {
-        "_aliases", "_memory", "_places", "_policy", "_refusal", "_saves", "_torch", "_verdict", "_violation",
+        "_aliases", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves", "_torch",
+        "_verdict", "_violation",
+    },
+    "_recompute": {
+        "_memory", "_places", "_policy", "_replay", "_rereads", "_torch", "_verdict", "_violation", "_writers",
     },
     "_refusal": {"_torch"},
+    "_replay": {"_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
     "_report": {"_report._merging", "_report._records", "_report._writer"},
     "_report._files": {"_report._page", "_report._records", "_report._sarif"},
     "_report._highlight": set(),
@@ -42,24 +70,37 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_report._sarif": {"_report._records"},
     "_report._source": set(),
     "_report._writer": {"_report._files", "_report._records", "_report._source", "_violation"},
-    "_saves": {"_aliases", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation"},
-    "_torch": set(),
-    "_verdict": {"_memory", "_places", "_policy", "_saves", "_violation"},
-    "_violation": {"_model"},
-    "_writers": {"_torch"},
-    "_writes": {
-        "_aliases", "_memory", "_overlap", "_places", "_saves", "_torch", "_verdict", "_violation", "_writers",
+    "_rereads": {"_aliases", "_memory", "_places", "_policy", "_saves"},
+    "_saves": {
+        "_aliases", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation",
     },
-    "guard": {"_findings", "_hooks", "_intercept", "_policy", "_reads", "_violation"},
+    "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
+    "_suppressions": {"_violation"},
+    "_switch": {"_config", "_findings", "_plain_report", "_policy", "_suppressions", "_violation", "guard"},
+    "_torch": set(),
+    "_tracebacks": {"_violation"},
+    "_verdict": {"_memory", "_places", "_policy", "_saves", "_torch", "_violation"},
+    "_violation": {"_model"},
+    "_writers": {"_counterless", "_torch"},
+    "_writes": {
+        "_aliases", "_memory", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch", "_verdict",
+        "_violation", "_writers",
+    },
+    "guard": {"_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_suppressions", "_violation"},
+    "pytest_plugin": {
+        "_config", "_model", "_plain_report", "_suppressions", "_switch", "_tracebacks", "_violation", "guard",
+    },
 }  # fmt: skip
 
 #: These know plain values only: they are tested without a tensor.
-WITHOUT_TORCH = {"_model", "_overlap", "_ledger", "_violation", "_policy", "_findings", "guard", "__init__"} | {
-    name for name in MAY_IMPORT if name.startswith("_report")
-}
+WITHOUT_TORCH = {
+    "__init__", "__main__", "_config", "_demo", "_findings", "_ledger", "_model", "_overlap", "_policy",
+    "_suppressions", "_switch", "_tracebacks", "_violation", "guard", "pytest_plugin",
+} | {name for name in MAY_IMPORT if name.startswith("_report")}  # fmt: skip
 
 #: What may be imported from outside, beside the standard library.
 MAY_IMPORT_WRAPT = {"_intercept"}
+MAY_IMPORT_PYTEST = {"pytest_plugin"}
 MAY_IMPORT_JINJA = {"_report._page"}  # torch brings it
 
 #: Modules by their name inside the package: ``_report._files``; a package inside it is known by its own name.
@@ -152,6 +193,8 @@ def test_only_the_standard_library_torch_and_wrapt_are_imported() -> None:
                 assert name in MAY_IMPORT_WRAPT
             elif root == "jinja2":
                 assert name in MAY_IMPORT_JINJA
+            elif root == "pytest":
+                assert name in MAY_IMPORT_PYTEST
             else:
                 assert root in ("torch", "torchguard") or root in sys.stdlib_module_names, (name, dotted)
 
@@ -252,17 +295,38 @@ def test_everything_public_is_documented(name: str) -> None:
 
 
 def test_names_only_in_init() -> None:
-    body = list(TREES["__init__"].body)
-    # The names stand in a try, whose handler tells what it means if one of our files is missing.
-    (attempt,) = [node for node in body if isinstance(node, ast.Try)]
-    body[body.index(attempt)] = attempt.body[0]
-    body += attempt.body[1:]
-    assert all(isinstance(node, (ast.Expr, ast.ImportFrom, ast.Import, ast.Assign)) for node in body)
-    listed = next(
-        node.value for node in body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
-    )
-    names = ast.literal_eval(listed)
-    assert names == sorted(names)
-    assert set(names) == {
-        alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names
+    """Told to the type checker by imports, found at run time by a table: importing the package imports no torch."""
+    body = TREES["__init__"].body
+    (for_the_type_checker,) = [node for node in body if isinstance(node, ast.If)]
+    assert not imports(ast.Module(body, []), type_checking=False) - {"typing", "importlib"}
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
+    names = values["__all__"]
+    assert names == sorted(names)
+    assert values["_HOMES"] == {
+        alias.asname or alias.name: node.module.removeprefix("torchguard.")
+        for node in for_the_type_checker.body
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+    }
+    assert set(names) == set(values["_HOMES"])
+    for name in names:
+        assert getattr(torchguard, name).__name__ == name
+    assert set(names) <= set(dir(torchguard))
+
+
+def test_what_the_plugin_and_the_command_line_start_with_reaches_no_torch() -> None:
+    """At import time; what a function imports, it imports when it is needed."""
+    for name in ("__main__", "pytest_plugin", "_switch"):
+        reached, todo = set(), [name]
+        while todo:
+            module = todo.pop()
+            if module not in reached:
+                reached.add(module)
+                top = [node for node in TREES[module].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+                found = imports(ast.Module(list(top), []))
+                assert not {dotted for dotted in found if dotted.split(".")[0] in ("torch", "wrapt")}, module
+                todo += [dotted.split(".")[1] for dotted in found if dotted.startswith("torchguard.")]

@@ -148,7 +148,7 @@ def test_a_package_that_another_one_was_installed_over_says_so_in_one_line(tmp_p
     package = Path(torchguard.__file__).parent
     shutil.copytree(package, tmp_path / "torchguard", ignore=shutil.ignore_patterns("_ledger.py", "__pycache__"))
     done = subprocess.run(
-        [sys.executable, "-c", "import torchguard"],
+        [sys.executable, "-c", "from torchguard import strict"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -94,7 +94,6 @@ WITHOUT_MEMORY: dict[str, Callable[[], torch.Tensor]] = {
     "fake": _fake,
     "sparse": lambda: torch.eye(3).to_sparse(),
     "empty": lambda: torch.empty(0),
-    "functorch wrapper": lambda: _vmapped()[0],
     "mkldnn": lambda: torch.zeros(3, 4).to_mkldnn(),
     "freed storage": lambda: _freed(),
 }

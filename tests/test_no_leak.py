@@ -18,6 +18,16 @@ from torchguard._saves import LEDGER
 STEPS = 2000
 
 
+@pytest.fixture(autouse=True)
+def saves_of_earlier_tests_are_forgotten() -> None:
+    """A pack hook that returns an output itself makes a cycle that nobody collects, guarded or not."""
+    gc.collect()
+    LEDGER.file()
+    for storage in list(LEDGER.groups):
+        LEDGER._close(storage)
+    ALIASES._sweep()
+
+
 def entries() -> int:
     """How many things the guard's tables hold."""
     groups = list(LEDGER.groups.values())
@@ -273,7 +283,7 @@ def test_the_proof_that_is_kept_goes_with_its_save() -> None:
             y.sum().backward()
         del y
         gc.collect()
-        assert tensors() - tracked < 10
+        assert tensors() - tracked < 30  # dead aliases are swept when their number may have doubled
 
 
 # ---- and nothing that matters is forgotten -----------------------------------------------------------------

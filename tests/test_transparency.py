@@ -7,7 +7,6 @@ after it, and what it returned, or raised, must be the same to the last bit. The
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import gc
 import inspect
@@ -27,9 +26,6 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import torchguard
-
-copyreg._slotnames(torch.Tensor)  # type: ignore[attr-defined] # pickle notes it on the class, whoever is first
-copyreg._slotnames(nn.Parameter)  # type: ignore[attr-defined]
 
 GUARDS: dict[str, Callable[[], torchguard.Guard]] = {
     "strict": torchguard.strict,

@@ -55,7 +55,7 @@ def _truth(case: Any) -> list[torch.Tensor | None]:
     from harness import Run, _cloning, outcome_of
 
     cloned = case.truth == "cloned saves"
-    run = Run(threads=False) if cloned else Run(writes=False)
+    run = Run(threads=False, checkpoints=False) if cloned else Run(writes=False)
     truth: list[torch.Tensor | None] = outcome_of(case, run, _cloning if cloned else nullcontext).results
     return truth
 

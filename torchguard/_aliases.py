@@ -12,6 +12,7 @@ A write that the guard saw and judged moves the expectation, so that only unseen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -37,10 +38,6 @@ _DEAD_KEPT = 64
 PROOF_BYTES_AT_ALIAS = 1 << 20
 PROOF_BYTES_AT_SAVE = 1 << 14
 
-#: The setter of ``Tensor.data``, taken before anything is patched.
-_set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_EMPTY = torch.empty(0)
-
 
 class AliasRecord(ref[torch.Tensor]):
     """A weak hold on one alias, and what must be known of it.
@@ -50,9 +47,10 @@ class AliasRecord(ref[torch.Tensor]):
         counter: a tensor that shares the alias's version counter and no memory, or None.
         expected: version of the alias after the last write that was judged.
         span: the alias's memory, once ``counter`` is there.
+        start: where its storage began then: a storage can be moved.
     """
 
-    __slots__ = ("counter", "expected", "instruction", "span")
+    __slots__ = ("counter", "expected", "instruction", "span", "start")
 
     def __new__(cls, alias: torch.Tensor, instruction: Instruction, version: int) -> AliasRecord:
         self: AliasRecord = ref.__new__(cls, alias)
@@ -60,6 +58,7 @@ class AliasRecord(ref[torch.Tensor]):
         self.expected = version
         self.counter = None
         self.span = None
+        self.start = 0
         return self
 
     # ref defines __init__ with its own arguments
@@ -69,6 +68,7 @@ class AliasRecord(ref[torch.Tensor]):
     expected: int
     counter: torch.Tensor | None
     span: Span | None
+    start: int
 
     def arm(self, alias: torch.Tensor) -> None:
         """Watch the alias's counter from now on, beyond its death."""
@@ -76,10 +76,10 @@ class AliasRecord(ref[torch.Tensor]):
         if span is None or _memory.version_of(alias) < 0:
             return  # no memory, or no counter
         self.span = span
-        with _torch.hidden():
-            counter = alias.detach()
-            _set_data(counter, _EMPTY)
-        self.counter = counter
+        self.start = _torch.storage_address(_torch.behind(alias))
+        if _torch.is_wrapper(alias):
+            return  # what it writes moves the counter of the tensor behind it, too, and that one is watched
+        self.counter = _memory.counter_of(alias)
 
     @property
     def version(self) -> int:
@@ -203,15 +203,19 @@ class Aliases:
             version = record.version
             if version != record.expected:
                 record.expected = version
-                self._mark(record, saves)
+                self._mark(record, storage, saves)
 
-    def _mark(self, record: AliasRecord, saves: list[Save]) -> None:
+    def _mark(self, record: AliasRecord, storage: int, saves: list[Save]) -> None:
         alias = record()
         span = record.span if record.span is not None or alias is None else _memory.span_of(alias)
         if span is None:
             return
         for save in saves:
             here = _memory.span_of(save.tensor)
+            if here is not None and record.span is not None and save.storage == storage:
+                # A storage that was resized, or put into shared memory, lies elsewhere now.
+                moved = _torch.storage_address(_torch.behind(save.tensor)) - record.start
+                span = replace(record.span, address=record.span.address + moved)
             if here is None or save.moved or overlaps(span, here) is False:
                 continue
             remarks = save.remark()

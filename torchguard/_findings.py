@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import warnings
 from dataclasses import replace
 from typing import Any
 
 from torchguard import _torch
-from torchguard._violation import Violation
+from torchguard._violation import UnwatchedWarning, Violation
+
+#: What this process has been told of already.
+told: set[str] = set()
 
 
 class Findings:
@@ -16,8 +21,10 @@ class Findings:
     def __init__(self) -> None:
         self._first: dict[tuple[Any, ...], Violation] = {}
         self._times: dict[tuple[Any, ...], int] = {}
-        self._unwatched: dict[str, None] = dict.fromkeys(_torch.missing())
+        self._unwatched: dict[str, None] = {}
         self._lock = threading.Lock()
+        for what in _torch.missing():
+            self.note_unwatched(what)
 
     def keep(self, violation: Violation) -> bool:
         """Keep a violation; False if its site is known already."""
@@ -41,9 +48,15 @@ class Findings:
             return [replace(violation, times=self._times[key]) for key, violation in self._first.items()]
 
     def note_unwatched(self, what: str) -> None:
-        """Keep what cannot be watched, once."""
+        """Keep what cannot be watched, and say it once a process."""
         with self._lock:
             self._unwatched.setdefault(what)
+            known = what in told
+            told.add(what)
+        if not known:
+            # Where warnings are errors, it is kept all the same: no operation of the program's is to fail by it.
+            with contextlib.suppress(UnwatchedWarning):
+                warnings.warn(f"torchguard cannot watch: {what}", UnwatchedWarning, stacklevel=2)
 
     def unwatched(self) -> list[str]:
         """What cannot be watched."""

@@ -1,22 +1,26 @@
 """How do the save hooks get onto, and off, a thread's stack?
 
-Hooks are thread-local and only the innermost pair runs. Each guard pushes a pair of its own, so that one that
-leaves out of order (a closed generator) removes its own and nobody else's.
+Hooks are thread-local and only the innermost pair runs. Each guard has a pair of its own, so that one that leaves out
+of order (a closed generator) removes its own and nobody else's. The guards' pairs lie below all of the program's; each
+of these is replaced by a pair composed with it (see ``_hooked``) from the first guard to the last, and popped, looked
+at and put back as if it were alone.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from torchguard import _policy, _torch
-from torchguard._reads import collector, make_unpack
+from torchguard import _functorch, _policy, _torch
+from torchguard._hooked import compose, program_of
+from torchguard._reads import collector, unpack
 from torchguard._saves import make_pack
 from torchguard._torch import Hooks
 
-_unpack = make_unpack()
 _ours: set[int] = set()
 
 
@@ -45,29 +49,55 @@ def _clear_stale() -> None:
 def push() -> Hooks:
     """Push a new pair of hooks onto this thread's stack, and return it."""
     _clear_stale()
-    pair = (make_pack(), _unpack)
+    pair = (make_pack(), unpack)
     _ours.add(id(pair[0]))
     if _torch.hooks_enabled():
-        _torch.push_hooks(pair)
+        _restack(lambda pairs: [pair, *pairs])
     else:  # inside torch.func: nothing can be pushed until it is left
-        _policy.note_unwatched(_TORCH_FUNC)
         _lifted.pairs.append(pair)
+        _functorch.start()
     return pair
 
 
 def remove(pair: Hooks) -> None:
     """Take a pair off this thread's stack, wherever it lies on it."""
     _clear_stale()
-    if _torch.hooks_enabled() and _torch.remove_hooks(pair) >= 0:
+    if _torch.hooks_enabled() and _restack(lambda pairs: [other for other in pairs if other[0] is not pair[0]]):
         _ours.discard(id(pair[0]))
         return
     _lifted.pairs[:] = [other for other in _lifted.pairs if other[0] is not pair[0]]
+    if not _lifted.pairs:
+        _functorch.stop()
     _ours.discard(id(pair[0]))
 
 
-# ---- torch.func --------------------------------------------------------------------------------------------
+def _restack(change: Callable[[list[Hooks]], list[Hooks]]) -> bool:
+    """Put other pairs of guards at the bottom of this thread's stack, and compose the program's above as that asks.
 
-_TORCH_FUNC = "tensors saved inside torch.func transforms, which refuse save hooks"
+    Returns whether anything changed. A torch that does not show its hooks has no bottom: see ``missing()``.
+    """
+    if not _torch.CAN_LOOK_AT_HOOKS:
+        for pair in change([]):
+            _torch.push_hooks(pair)
+            return True
+        return _torch.pop_hooks()
+    stack = _torch.lift_hooks()[::-1]
+    guards, program = [pair for pair in stack if _is_ours(pair)], [pair for pair in stack if not _is_ours(pair)]
+    changed = change(guards)
+    if changed and not guards:
+        program = [compose(pair) for pair in program]
+    elif guards and not changed:
+        program = [program_of(pair) or pair for pair in program]
+    for pair in (*changed, *program):
+        _torch.push_hooks(pair)
+    return len(changed) != len(guards)
+
+
+def _is_ours(pair: Hooks) -> bool:
+    return id(pair[0]) in _ours
+
+
+# ---- torch.func --------------------------------------------------------------------------------------------
 
 
 def switch_off(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,12 +117,13 @@ def switch_off(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, A
             for pair in reversed(lifted):
                 _torch.push_hooks(pair)
         elif lifted:
-            _policy.note_unwatched(_TORCH_FUNC)
             _lifted.pairs.extend(lifted)
+            _functorch.start()
 
 
 def switch_on(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``_saved_tensors_hooks_enable``: put back what stepped aside."""
+    _functorch.stop()
     result = original(*args, **kwargs)
     for pair in reversed(_lifted.pairs):
         _torch.push_hooks(pair)
@@ -100,12 +131,37 @@ def switch_on(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return result
 
 
-def note_foreign_hooks(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``_push_saved_tensors_default_hooks``: only the innermost pair runs, so the guard's does not."""
-    _policy.note_unwatched(
-        "tensors saved under another pair of save hooks (saved_tensors_hooks, save_on_cpu, checkpoint)"
-    )
+# ---- the program's pairs -------------------------------------------------------------------------------------
+
+
+def push_composed(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``_push_saved_tensors_default_hooks``: under a guard of this thread, the program's pair is composed."""
+    if len(args) == 2 and not kwargs and callable(args[0]) and callable(args[1]) and _is_guarded():
+        return original(*compose((args[0], args[1])))
     return original(*args, **kwargs)
+
+
+def _is_guarded() -> bool:
+    """Whether a guard's pair, or one composed for a guard, is on this thread's stack."""
+    top = _torch.top_hooks()
+    return top is not None and (_is_ours(top) or program_of(top) is not None)
+
+
+def pop_program(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``_pop_saved_tensors_default_hooks``: the guards' pairs are not the program's to pop."""
+    top = _torch.top_hooks()
+    if top is None or not _is_ours(top):
+        return original(*args, **kwargs)
+    with _torch.without_hooks():
+        return original(*args, **kwargs)  # raises: the program has no pair on the stack
+
+
+def top_of_program(original: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``_top_saved_tensors_default_hooks``: the program sees its own pair, and none where only guards have one."""
+    top = original(*args, **kwargs)
+    if top is None or _is_ours(top):
+        return None
+    return program_of(top) or top
 
 
 # ---- ctx.saved_tensors -------------------------------------------------------------------------------------
@@ -137,10 +193,33 @@ def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
 # ---- threads -----------------------------------------------------------------------------------------------
 
 
+_POOLS = ("concurrent.futures.thread", "multiprocessing.pool")
+
+
+@contextmanager
+def under(guards: Sequence[_policy.Respondent]) -> Iterator[None]:
+    """Run a block under those of another thread's guards that are still on."""
+    adopted = _policy.still_entered(guards)
+    if not adopted:
+        yield
+        return
+    before = list(_policy.state.guards)
+    _policy.adopt(adopted)
+    pair = push()
+    try:
+        yield
+    finally:
+        remove(pair)
+        _policy.adopt(before)
+
+
 def start_thread(original: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``Thread.start``: a thread started inside a guard runs under it."""
+    """``Thread.start``: a thread started inside a guard runs under it.
+
+    Those of a pool may outlive the guard: there it is the work that runs under it (see ``_pools``).
+    """
     guards = _policy.inherited()
-    if not guards:
+    if not guards or getattr(thread.__dict__.get("_target"), "__module__", "") in _POOLS:
         return original(*args, **kwargs)
     run = thread.run
     own = thread.__dict__.get("run")
@@ -153,13 +232,8 @@ def start_thread(original: Any, thread: threading.Thread, args: tuple[Any, ...],
 
     def run_guarded() -> None:
         put_back()
-        _policy.adopt(guards)
-        pair = push()
-        try:
+        with under(guards):
             run()
-        finally:
-            remove(pair)
-            _policy.adopt([])
 
     thread.run = run_guarded  # type: ignore[method-assign]
     try:

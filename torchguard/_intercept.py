@@ -8,6 +8,7 @@ no patch can (``out=``, ``torch.ops``, functions bound before the guard came).
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import os
@@ -21,9 +22,28 @@ import torch
 import wrapt
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _hooks, _memory, _places, _policy, _refusal, _torch, _writers, _writes
+from torchguard import (
+    _collectives,
+    _compiled,
+    _hooked,
+    _hooks,
+    _interchange,
+    _memory,
+    _places,
+    _policy,
+    _pools,
+    _preserved,
+    _recompute,
+    _refusal,
+    _storages,
+    _torch,
+    _writers,
+    _writes,
+)
 from torchguard._aliases import ALIASES
+from torchguard._exports import EXPORTS
 from torchguard._reads import DETACHED
+from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
 
@@ -38,10 +58,17 @@ class Override(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)  # dynamo traces through here: nothing in its way, no graph break
         writer = _writer_of(func, kwargs)
         if writer is None:
             return func(*args, **kwargs)
-        return _writes.carry_out(writer, func, args, kwargs)
+        carry_out = _collectives.carry_out_operator if writer.collective else _writes.carry_out
+        result = carry_out(writer, func, args, kwargs)
+        if writer.keeps_statistics and _policy.state.every_call and _torch.evaluates(result):
+            # What backward will use of them: by this mode's promise it is caught whoever writes, TorchScript, say.
+            _writes.prove(writer.targets(args, kwargs))
+        return result
 
 
 _operators: dict[Any, Writer | None] = {}
@@ -52,13 +79,19 @@ def _writer_of(func: Any, kwargs: Mapping[str, Any]) -> Writer | None:
         writer = WRITERS.get(func)
     except TypeError:  # a callable that cannot be hashed is none of torch's
         return None
-    if writer is None and kwargs.get("out") is not None:
-        return _writers.OUT
     if writer is None and isinstance(func, _torch.OPERATOR_TYPES):
         if func not in _operators:
             _operators[func] = _writers.writer_of_operator(func)
         writer = _operators[func]
+    if (writer is None or not writer.collective) and func not in WRITERS and kwargs.get("out") is not None:
+        return _writers.OUT
     return writer
+
+
+def _writer_in_checkpoint(func: Any, kwargs: Mapping[str, Any]) -> Writer | None:
+    """The same, for what a checkpoint's function calls: in evaluation, running statistics are read as well."""
+    writer = _writer_of(func, kwargs)
+    return None if writer is not None and writer.keeps_statistics else writer
 
 
 _override = Override()
@@ -135,6 +168,7 @@ def _route_method(function: Any) -> Callable[..., Any]:
     file = LEDGER.file
     groups = LEDGER.groups
     foreign = LEDGER.foreign
+    is_wrapper = _torch.is_wrapper
 
     def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if pending or filing:
@@ -144,8 +178,8 @@ def _route_method(function: Any) -> Callable[..., Any]:
         if type(instance) in plain and not foreign:
             try:
                 elsewhere = storage_id(instance) not in groups and not is_foreign(instance)
-            except _memory.NO_MEMORY:
-                elsewhere = True
+            except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
+                elsewhere = not is_wrapper(instance)
             if elsewhere:
                 return wrapped(*args, **kwargs)
         if state.every_call and mode_active():
@@ -168,6 +202,48 @@ def _route_function(function: Any) -> Callable[..., Any]:
         if not any_alive() or (state.every_call and mode_active()):
             return wrapped(*args, **kwargs)
         return judge(function, (), args, kwargs)
+
+    return route
+
+
+def _route_statistics(function: Any, writer: Writer) -> Callable[..., Any]:
+    """The route from a function that keeps running statistics: most calls write to none that is saved."""
+    judge = _override.__torch_function__
+    state = _policy.state
+    mode_active = _torch.function_mode_active
+    pending = LEDGER.pending
+    filing = LEDGER.filing
+    file = LEDGER.file
+    groups = LEDGER.groups
+    foreign = LEDGER.foreign
+    plain = _memory.PLAIN_TYPES
+    storage_id = _torch.storage_id
+    written = writer.written
+
+    def touches_a_save(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        for position, keyword in written:
+            value = args[position] if position < len(args) else kwargs.get(keyword)
+            if value is None:
+                continue
+            if type(value) not in plain or foreign:
+                return True
+            try:
+                if storage_id(value) in groups or is_foreign(value):
+                    return True
+            except _memory.NO_MEMORY:
+                return True
+        return False
+
+    def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if state.every_call:
+            if mode_active():
+                return wrapped(*args, **kwargs)
+            return judge(function, (), args, kwargs)
+        if pending or filing:
+            file()
+        if groups and touches_a_save(args, kwargs):
+            return judge(function, (), args, kwargs)
+        return wrapped(*args, **kwargs)
 
     return route
 
@@ -243,7 +319,8 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
                 file()
             try:
                 storage = storage_id(alias)
-            except _memory.NO_MEMORY:
+            except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
+                _writes.enter_alias(alias, _places.user_instruction(frame))
                 return alias
             if storage not in groups and storage not in by_storage:
                 if inside_library.get(frame.f_code.co_filename) is False:
@@ -290,13 +367,38 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     The guard drops its weak references, and for the time of the call PyTorch holds what the guard's saves hold for it.
     """
     held = []
-    for tensor in _writers.tensors_in([*args, *kwargs.values()]):
+    tensors = _writers.tensors_in([*args, *kwargs.values()])
+    for tensor in tensors:
         ALIASES.forget(tensor)
-        held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor)]
+        held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor) if save.checked]
+        _hooked.let_go(tensor)
     try:
-        return wrapped(*args, **kwargs)
+        with let_go(tensors, "swap_tensors()"):
+            return wrapped(*args, **kwargs)
     finally:
         held.clear()
+
+
+def _compile(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.compile``: its first call loads the compiler, which is patched once it is there."""
+    _torch.load_compiler()
+    with _lock:
+        if _installed:
+            _patch_the_compiler()
+    return wrapped(*args, **kwargs)
+
+
+def _patch_the_compiler() -> None:
+    if not _compiler_patches:
+        where = _torch.where_regions_are_compiled()
+        if where is None:
+            return
+        owner, name = where
+        wrapper = wrapt.FunctionWrapper(getattr(owner, name), _compiled.compile_region)
+        _compiler_patches.append(_Patch(owner, name, wrapper))
+    for patch in _compiler_patches:
+        if vars(patch.owner).get(patch.name) is not patch.replacement:
+            patch.install()
 
 
 def _prepare() -> list[_Patch]:
@@ -322,7 +424,8 @@ def _prepare() -> list[_Patch]:
             WRITERS[function] = writer
             wrapper = wrappers.get(id(function))
             if wrapper is None:
-                wrapper = _Routed(function, route_to(function))
+                route = _route_statistics(function, writer) if writer.keeps_statistics else route_to(function)
+                wrapper = _Routed(function, route)
                 wrappers[id(function)] = wrapper
             if owner is nn_functions:
                 setattr(owner, name, wrapper)
@@ -331,6 +434,7 @@ def _prepare() -> list[_Patch]:
     patches.append(_Patch(*_torch.NN_FUNCTIONS, nn_functions))
     WRITERS[torch.nn.init.eye_] = _writers.EYE
     patches.append(_Patch(torch.nn.init, "eye_", _Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_))))
+    patches += [_Patch(owner, name, _Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
     patches.append(_Patch(torch.utils, "swap_tensors", _Routed(torch.utils.swap_tensors, _swap_tensors)))
     patches += [_Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
     patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _data_getter(), _set_data)))
@@ -338,17 +442,101 @@ def _prepare() -> list[_Patch]:
         _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")
     ]
+    patches += _storage_patches() + _interchange_patches()
+    block = _torch.PRESERVING_BLOCK
+    if block is not None:
+        patches += [
+            _Patch(block, name, wrapt.FunctionWrapper(vars(block)[name], route))
+            for name, route in (
+                ("__init__", _preserved.begin),
+                ("__enter__", _preserved.begin),
+                ("__exit__", _preserved.end),
+            )
+        ]
     module, off, on = _torch.HOOK_SWITCHES
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):
             patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
-    module, push = _torch.HOOK_PUSH
-    patches.append(_Patch(module, push, wrapt.FunctionWrapper(getattr(module, push), _hooks.note_foreign_hooks)))
+    for places, route in ((_torch.HOOK_PUSHES, _hooks.push_composed), (_torch.HOOK_POPS, _hooks.pop_program)):
+        for module, name in places:
+            patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
+    module, top = _torch.HOOK_TOP
+    if hasattr(module, top):
+        patches.append(_Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
+    _recompute.writer_of = _writer_in_checkpoint
+    module, hook = _torch.CHECKPOINT_HOOK
+    if hasattr(module, hook):
+        patches.append(_Patch(module, hook, wrapt.FunctionWrapper(getattr(module, hook), _recompute.checkpoint_hook)))
+    function, forward = _torch.CHECKPOINT_FORWARD
+    routed = wrapt.FunctionWrapper(getattr(function, forward), _recompute.checkpoint_forward)
+    patches.append(_Patch(function, forward, staticmethod(routed)))
     backward = torch.autograd.function.BackwardCFunction
+    patches.append(_Patch(backward, _compiled.STASH, _compiled.StashAttribute()))
     patches.append(_Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
+    patches.append(_Patch(torch, "compile", _Routed(torch.compile, _compile)))
     start = threading.Thread.start
     patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
+    patches += [
+        _Patch(owner, name, wrapt.FunctionWrapper(getattr(owner, name), route)) for owner, name, route in _pools.ROUTES
+    ]
     return patches
+
+
+def _storage_patches() -> list[_Patch]:
+    storage = torch.UntypedStorage
+    routes = {name: _storages.writes(name) for name in _torch.STORAGE_WRITERS}
+    routes["resize_"] = _storages.resize
+    routes.update(dict.fromkeys(_torch.STORAGE_SHARERS, _interchange.share))
+    patches = [
+        _Patch(storage, name, _Routed(getattr(storage, name), _of_instance(route))) for name, route in routes.items()
+    ]
+    return [*patches, _Patch(torch.Tensor, "set_", _Routed(torch.Tensor.set_, _storages.enter_alias))]
+
+
+def _of_instance(route: Callable[..., Any]) -> Callable[..., Any]:
+    """A route that finds its instance also where the method is called on the class."""
+
+    def bound(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if instance is None and args:
+            return route(functools.partial(wrapped, args[0]), args[0], args[1:], kwargs)
+        return route(wrapped, instance, args, kwargs)
+
+    return bound
+
+
+def _interchange_patches() -> list[_Patch]:
+    taken = [(torch, name) for name in ("from_numpy", "as_tensor", "asarray", "frombuffer", "from_dlpack")]
+    routes: list[tuple[Any, str, Any]] = [
+        (torch.Tensor, "numpy", _interchange.to_numpy),
+        *((owner, name, _interchange.to_capsule) for owner, name in _torch.CAPSULE_MAKERS),
+        *((owner, name, _interchange.take_in) for owner, name in [*taken, (torch.utils.dlpack, "from_dlpack")]),
+        (torch, "from_file", _interchange.from_file),
+    ]
+    wrappers: dict[int, _Routed] = {}
+    patches = []
+    for owner, name, route in routes:
+        function = getattr(owner, name)
+        wrapper = wrappers.setdefault(id(function), _Routed(function, route))  # one function, several names
+        patches.append(_Patch(owner, name, wrapper))
+    interface: Any = torch.Tensor.__cuda_array_interface__
+    get = _interchange.cuda_array_interface(interface.__get__)
+    return [*patches, _Patch(torch.Tensor, "__cuda_array_interface__", _Attribute(interface, get))]
+
+
+def _keep_from_the_compiler() -> None:
+    """What judges a call is no part of the program that torch.compile is to compile."""
+    codes = [
+        value.__code__
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == __package__
+        for owner in (module, *filter(inspect.isclass, vars(module).values()))
+        for value in vars(owner).values()
+        if inspect.isfunction(value) and value.__module__.partition(".")[0] == __package__
+    ]
+    while codes:
+        code = codes.pop()
+        _torch.skip_compiling(code)
+        codes += filter(inspect.iscode, code.co_consts)
 
 
 def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
@@ -366,6 +554,7 @@ def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
 
 
 _patches: list[_Patch] = []
+_compiler_patches: list[_Patch] = []
 _script_names: list[tuple[Any, str]] = []
 _installed = 0
 _lock = threading.RLock()
@@ -380,12 +569,15 @@ def install() -> None:
     with _lock:
         if _installed == 0:
             if not _patches:
+                _keep_from_the_compiler()
                 prepared = _prepare()
                 _script_names.extend(_scripted(prepared))
                 _patches.extend(prepared)
+            EXPORTS.renew()
             try:
                 for patch in _patches:
                     patch.install()
+                _patch_the_compiler()
                 for wrapper, name in _script_names:
                     _torch.enter_script_name(wrapper, name)
             except BaseException:
@@ -406,7 +598,7 @@ def uninstall() -> None:
 def _restore() -> None:
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
-    for patch in reversed(_patches):
+    for patch in reversed([*_patches, *_compiler_patches]):
         patch.restore()
 
 

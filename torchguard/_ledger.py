@@ -210,6 +210,20 @@ class Ledger(Generic[E]):
                 )
             return [entry for key in near if key != storage for entry in self.in_storage(key)]
 
+    def moved(self, storage: int) -> None:
+        """A storage has other memory now: where it lies is looked up again."""
+        self.file()
+        with self._lock:
+            self.foreign.pop(storage, None)
+            entry = next((entry for entry in (item() for item in self.groups.get(storage, ())) if entry), None)
+            extent = None if entry is None else self._extent_of(entry)
+            if extent is not None and extent[2]:
+                self.foreign[storage] = extent
+            if self._unmapped is not None:
+                self._map.discard(storage)
+                if entry is not None:
+                    self._unmapped.add(storage)
+
     def _draw_map(self) -> None:
         waiting = self.groups if self._unmapped is None else self._unmapped
         for storage in list(waiting):

@@ -24,19 +24,30 @@ NO_MEMORY = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 _copy = torch.Tensor.copy_
 _set = torch.Tensor.set_
 _get_data: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_EMPTY = torch.empty(0)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
     """Identity of the tensor's storage, shared by all its views; 0 where it has none."""
     try:
-        return _torch.storage_id(tensor)
+        return _torch.storage_id(_torch.behind(tensor))
     except NO_MEMORY:
         return 0
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has a span (see :func:`span_of`); asked with user code kept out."""
+    try:
+        return tensor.layout is torch.strided and _torch.storage_address(tensor) != 0
+    except NO_MEMORY:
+        return False
 
 
 def span_of(tensor: torch.Tensor) -> Span | None:
     """The memory of a strided tensor; None where it has none to write to (meta, fake, sparse, ...)."""
     try:
+        tensor = _torch.behind(tensor)
         if type(tensor) in PLAIN_TYPES and not _torch.function_mode_active():
             return _span(tensor)
         with _torch.no_torch_function():
@@ -72,8 +83,16 @@ def shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a tracked write to ``a`` would move the version of ``b``.
 
     Proven without touching anything where that is possible; otherwise the counter of ``a`` is bumped and put
-    back.
+    back. A write to a wrapper of torch.func moves its counter and that of each tensor inside it.
     """
+    if a is b:
+        return True
+    if _torch.is_wrapper(a):
+        return any(_shares_counter(level, b) for level in _torch.levels_of(a))
+    return _shares_counter(a, b)
+
+
+def _shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a is b:
         return True
     version = version_of(a)
@@ -91,6 +110,26 @@ def shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
         return shared
 
 
+def counter_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that shares the version counter of ``tensor`` and no memory."""
+    if not torch.is_grad_enabled() and type(tensor) in PLAIN_TYPES and not _torch.any_mode_active():
+        counter = tensor.detach()  # nobody sees it
+        _set_data(counter, _EMPTY)
+        return counter
+    with _torch.hidden():
+        counter = tensor.detach()
+        _set_data(counter, _EMPTY)
+    return counter
+
+
+def with_counter(counter: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """A tensor that shares the version counter of one tensor and the memory of another."""
+    with _torch.hidden():
+        tensor = counter.detach()
+        _set_data(tensor, memory)
+    return tensor
+
+
 def _extent(tensor: torch.Tensor) -> int:
     """Elements from the first to the last one that the tensor reaches."""
     if tensor.numel() == 0:
@@ -100,6 +139,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 def _stretch(tensor: torch.Tensor) -> torch.Tensor:
     """All memory from the tensor's first to its last element, gaps included, as one contiguous dimension."""
+    tensor = _torch.behind(tensor)
     return tensor.detach().as_strided((_extent(tensor),), (1,))
 
 
@@ -116,22 +156,29 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
     """
     groups: dict[int, list[torch.Tensor]] = {}
     for tensor in written:
-        groups.setdefault(_torch.storage_id(tensor), []).append(tensor)
+        groups.setdefault(_torch.storage_id(_torch.behind(tensor)), []).append(tensor)
     for tensor in read:
         group = groups.get(storage_of(tensor))
         if group is not None and not (tensor.is_conj() or tensor.is_neg()):
             group.append(tensor)
     replicas = {}
     for group in groups.values():
-        reaches = [_reach_in_storage(tensor) for tensor in group]
+        inner = [_torch.behind(tensor) for tensor in group]
+        reaches = [_reach_in_storage(tensor) for tensor in inner]
         low = min(reach.start for reach in reaches) // _ALIGNMENT * _ALIGNMENT
         high = max(reach.stop for reach in reaches)
-        storage = group[0].untyped_storage()
-        memory = _over(storage, torch.uint8, low, (high - low,), (1,)).clone().untyped_storage()
-        for tensor, reach in zip(group, reaches, strict=True):
+        storage = inner[0].untyped_storage()
+        memory = over(storage, torch.uint8, low, (high - low,), (1,)).clone().untyped_storage()
+        for given, tensor, reach in zip(group, inner, reaches, strict=True):
             offset = (reach.start - low) // tensor.element_size()
-            replicas[id(tensor)] = _over(memory, tensor.dtype, offset, tensor.shape, tensor.stride())
+            replica = over(memory, tensor.dtype, offset, tensor.shape, tensor.stride())
+            replicas[id(given)] = _torch.wrapped_like(given, replica)
     return replicas
+
+
+def can_be_copied(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a copy (see :func:`replicas_of`) would be such a tensor as each of these is."""
+    return not any(tensor.is_conj() or tensor.is_neg() or tensor.is_quantized for tensor in tensors)
 
 
 #: No element type is wider.
@@ -145,15 +192,21 @@ def _reach_in_storage(tensor: torch.Tensor) -> range:
     return range(start, start + _extent(tensor) * itemsize)
 
 
-def _over(
+def end_in_storage(tensor: torch.Tensor) -> int:
+    """How many bytes a storage must have at least for the tensor's elements to lie in it."""
+    return _reach_in_storage(tensor).stop if tensor.numel() else 0
+
+
+def over(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int]
 ) -> torch.Tensor:
+    """A tensor over a part of a storage, with a version counter of its own."""
     return _set(torch.empty(0, dtype=dtype, device=storage.device), storage, offset, shape, stride)
 
 
 def overwrite(tensor: torch.Tensor, replica: torch.Tensor) -> None:
     """Put what a replica holds into the tensor's elements; no version counter of the tensor moves."""
-    _copy(_get_data(tensor), replica)
+    _copy(_get_data(_torch.behind(tensor)), _torch.behind(replica))
 
 
 @contextmanager
@@ -163,7 +216,7 @@ def same_random_numbers(targets: Iterable[torch.Tensor], generator: torch.Genera
     put_back: list[Callable[[], Any]] = []
     # One at a time: torch asks for a generator's lock while it holds the interpreter's, and another thread that
     # is asking for the state may hold the generator's and wait for the interpreter's.
-    with _asking_for_states:
+    with _asking_for_states, _torch.hidden():
         if devices:
             put_back.append(partial(torch.set_rng_state, torch.get_rng_state()))
             if generator is not None:
@@ -176,7 +229,7 @@ def same_random_numbers(targets: Iterable[torch.Tensor], generator: torch.Genera
     try:
         yield
     finally:
-        with _asking_for_states:
+        with _asking_for_states, _torch.hidden():
             for restore in put_back:
                 restore()
 
@@ -206,14 +259,54 @@ def touched_elements(mask: torch.Tensor, address: int, span: Span) -> int:
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one dtype and shape hold the same bits (NaNs and signs of zero count)."""
     with _torch.hidden():
+        a, b = _torch.behind(a), _torch.behind(b)
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return False
         return bool(torch.equal(as_bytes(a.contiguous()), as_bytes(b.contiguous())))
 
 
+def differing_elements(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Which elements of two tensors of one dtype and shape differ in a bit, as a mask in row-major order."""
+    a, b = as_bytes(tensor.contiguous()), as_bytes(other.contiguous())
+    return (a != b).view(tensor.numel(), -1).any(-1) if tensor.numel() else torch.zeros(0, dtype=torch.bool)
+
+
+def any_within(tensor: torch.Tensor, elements: torch.Tensor, span: Span) -> bool:
+    """Whether any of the tensor's elements that the mask picks shares a byte with ``span``."""
+    here = span_of(tensor)
+    if here is None:
+        return False
+    low = here.bounds[0]
+    picked = elements.view(tensor.shape)
+    mask = torch.zeros(_extent(tensor), dtype=torch.bool, device=tensor.device)
+    mask.as_strided(tensor.shape, tensor.stride(), 0).copy_(picked)
+    return touched_elements(mask.repeat_interleave(tensor.element_size()), low, span) > 0
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's storage (still) reaches as far as its elements do."""
+    try:
+        with _torch.no_torch_function():
+            tensor = _torch.behind(tensor)
+            last = int(tensor.storage_offset()) + _extent(tensor)
+            return not tensor.numel() or last * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    except NO_MEMORY:
+        return False
+
+
+def changed_elements(tensor: torch.Tensor, proof: torch.Tensor | None) -> int:
+    """How many elements differ from the proof; all of them where there is none."""
+    tensor = _torch.behind(tensor)
+    if proof is None or proof.shape != tensor.shape or proof.dtype != tensor.dtype or not readable(tensor):
+        return tensor.numel()
+    with _torch.hidden():
+        return int(differing_elements(tensor, proof).sum())
+
+
 def describe(tensor: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and device of a tensor in the words of a report."""
     with _torch.no_torch_function():
+        tensor = _torch.behind(tensor)
         return {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": tuple(tensor.shape),
@@ -225,6 +318,7 @@ def reach(tensor: torch.Tensor) -> torch.Tensor:
     """A mask over the tensor's memory, from its first to its last byte, of the bytes that belong to its
     elements.
     """
+    tensor = _torch.behind(tensor)
     elements = torch.zeros(_extent(tensor), dtype=torch.bool, device=tensor.device)
     elements.as_strided(tensor.shape, tensor.stride(), 0).fill_(True)
     return elements.repeat_interleave(tensor.element_size())

@@ -26,7 +26,12 @@ _OURS = os.path.dirname(__file__) + os.sep
 # contextlib and functools frames stand between a decorated function and its caller; wrapt's are in C.
 _PLUMBING = tuple(
     os.path.abspath(module.__file__)
-    for module in (sys.modules.get("contextlib"), sys.modules.get("functools"), sys.modules.get("threading"))
+    for module in (
+        sys.modules.get("contextlib"),
+        sys.modules.get("copy"),
+        sys.modules.get("functools"),
+        sys.modules.get("threading"),
+    )
     if module is not None and module.__file__ is not None
 )
 
@@ -35,9 +40,15 @@ inside_library: dict[str, bool] = {}
 
 
 def _library(filename: str) -> bool:
-    answer = filename.startswith((_TORCH, _OURS, "<frozen ")) or filename in _PLUMBING
+    answer = filename.startswith((_TORCH, _OURS, "<frozen ", "<eval_with_key>")) or filename in _PLUMBING
     inside_library[filename] = answer
     return answer
+
+
+def is_library(filename: str) -> bool:
+    """Whether a file belongs to torch, torchguard or the plumbing between."""
+    inside = inside_library.get(filename)
+    return _library(filename) if inside is None else inside
 
 
 def user_instruction(frame: FrameType | None) -> Instruction:
@@ -58,6 +69,21 @@ def called_from(frame: FrameType | None, files: tuple[str, ...]) -> bool:
     """Whether a frame of one of ``files`` (path endings) is on the stack."""
     while frame is not None:
         if frame.f_code.co_filename.endswith(files):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def reached_through(frame: FrameType | None, parts: tuple[str, ...]) -> bool:
+    """Whether a file whose path has one of ``parts`` in it is on the stack, above all code of the user's."""
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        inside = inside_library.get(filename)
+        if inside is None:
+            inside = _library(filename)
+        if not inside:
+            return False
+        if any(part in filename for part in parts):
             return True
         frame = frame.f_back
     return False

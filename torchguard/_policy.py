@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torchguard._violation import Violation
@@ -35,12 +36,18 @@ state = _ThreadState()
 #: Guards that are entered and not yet left, of all threads, oldest first.
 entered: list[Respondent] = []
 
+#: Those of them that answer for every thread (``torchguard.enable``), innermost last.
+process_wide: list[Respondent] = []
+
+#: Called once the guard can be imported: what came too early, in the middle of that import.
+waiting: list[Callable[[], None]] = []
+
 #: The list of its thread that each of them stands in: a guard can be left in another thread.
 _homes: dict[int, list[Respondent]] = {}
 
 
 def innermost() -> Respondent | None:
-    """The guard that answers for this thread: its own innermost one, else the one entered last anywhere.
+    """The guard that answers for this thread: its own innermost one, else the process's, else the one entered last.
 
     A thread without a guard of its own (autograd's device threads, a pool that was there before) still writes
     to, and reads, memory that the process's guards watch.
@@ -48,14 +55,17 @@ def innermost() -> Respondent | None:
     for guard in reversed(state.guards):
         if guard in entered:
             return guard
+    if process_wide:
+        return process_wide[-1]
     return entered[-1] if entered else None
 
 
-def enter(guard: Respondent) -> None:
-    """Make ``guard`` the innermost one of this thread."""
+def enter(guard: Respondent, everywhere: bool = False) -> None:
+    """Make ``guard`` the innermost one of this thread, or that of all threads that have none of their own."""
     entered.append(guard)
-    state.guards.append(guard)
-    _homes[id(guard)] = state.guards
+    home = process_wide if everywhere else state.guards
+    home.append(guard)
+    _homes[id(guard)] = home
 
 
 def leave(guard: Respondent) -> None:
@@ -81,6 +91,17 @@ def answer(describe: Callable[[str | None], Violation], left: Respondent | None 
         guard.respond(describe(None))
 
 
+@contextmanager
+def allowed_for(reasons: list[str]) -> Iterator[None]:
+    """Answer as in the ``allow`` blocks that something was begun in, beside those of this moment."""
+    added = len(reasons)
+    state.reasons[:0] = reasons
+    try:
+        yield
+    finally:
+        del state.reasons[:added]
+
+
 def note_unwatched(what: str) -> None:
     """Tell the innermost guard of something that it cannot watch."""
     guard = innermost()
@@ -90,7 +111,12 @@ def note_unwatched(what: str) -> None:
 
 def inherited() -> list[Respondent]:
     """The guards that a thread started now should find itself under."""
-    return [guard for guard in state.guards if guard in entered]
+    return [*process_wide, *(guard for guard in still_entered(state.guards) if guard not in process_wide)]
+
+
+def still_entered(guards: Iterable[Respondent]) -> list[Respondent]:
+    """Those of ``guards`` that have not been left."""
+    return [guard for guard in guards if guard in entered]
 
 
 def adopt(guards: list[Any]) -> None:

@@ -14,7 +14,9 @@ from collections.abc import Callable
 import torch
 
 from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
-from torchguard._aliases import ALIASES
+from torchguard._aliases import ALIASES, AliasRecord
+from torchguard._exports import EXPORTS, Export
+from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, Save
 from torchguard._violation import Kind
 
@@ -26,6 +28,8 @@ class _Collector(threading.local):
     """Which saves were read in this thread, while somebody wants to know."""
 
     saves: list[Save] | None = None
+    #: Whether nothing is to be judged: a read on the guard's own behalf.
+    unjudged = False
 
 
 collector = _Collector()
@@ -60,6 +64,8 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     def unpack(save: Save) -> torch.Tensor:
         if collector.saves is not None:
             collector.saves.append(save)
+            if collector.unjudged:
+                return save.tensor
         tensor = save.tensor
         if (
             save.remarks is not None
@@ -81,6 +87,10 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     return unpack
 
 
+#: The unpack hook of every guard.
+unpack = make_unpack()
+
+
 def _refuse(save: Save) -> None:
     if save.version == DETACHED:
         raise _refusal.detached_refusal()
@@ -93,49 +103,90 @@ def _refuse(save: Save) -> None:
 
 def _examine(save: Save) -> None:
     remarks = save.remark()
+    if remarks.awaits is not None:
+        awaits, remarks.awaits = remarks.awaits, None
+        awaits()
     tensor = save.tensor
     rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
-    if not (rebound or remarks.compare or remarks.suspect is not None):
+    seen = rebound or remarks.compare or remarks.suspect is not None
+    if not seen and (not remarks.exports or remarks.proof is None):
         return
-    if remarks.proof is not None and _memory.same_bytes(tensor, remarks.proof):
+    if save.is_back or save.is_proven:
         remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
         return
-    _report(save, rebound)
+    if _unused(save):
+        return
+    _report(save, "rebind" if rebound else "unseen" if seen else "exported")
 
 
-def _report(save: Save, rebound: bool) -> None:
+def _unused(save: Save) -> bool:
+    """Whether what reads takes the save out and does nothing with it.
+
+    The node is asked for the tensors of which that is known; its answer comes by way of the unpack hook, which sees
+    the saves themselves.
+    """
+    outer = collector.saves
+    found: list[Save] = []
+    collector.saves = found
+    collector.unjudged = True
+    try:
+        for read in _torch.unused_by_reader():
+            read()
+    finally:
+        collector.saves = outer
+        collector.unjudged = False
+    return any(other is save for other in found)
+
+
+def _report(save: Save, kind: Kind) -> None:
     remarks = save.remark()
-    suspect = remarks.suspect
+    alias: AliasRecord | Export | None = _export_behind(save) if kind == "exported" else remarks.suspect
     read = _places.user_instruction(sys._getframe(1))
-    kind: Kind = "rebind" if rebound else "unseen"
-    operation, written = "x.data = y" if rebound else "", read
-    if remarks.writer is not None and not rebound:
+    operation, written = "x.data = y" if kind == "rebind" else "", read
+    if remarks.writer is not None and kind == "unseen":
         kind, operation, written = remarks.writer
+    if remarks.stashed:
+        kind = "stashed"
     _verdict.pronounce(
         save,
         kind,
         operation,
-        aliased=None if suspect is None else suspect.instruction,
+        aliased=None if alias is None else alias.instruction,
         written=written,
         read=read,
-        elements=_changed_elements(save),
+        elements=save.changed_elements,
         caught="read",
     )
+    remarks.spoilt = False
     save.accept()  # nothing was raised: a later write is another violation
 
 
-def _changed_elements(save: Save) -> int:
-    """How many elements differ from the proof; all of them where there is none."""
-    tensor, proof = save.tensor, None if save.remarks is None else save.remarks.proof
-    if proof is None or proof.shape != tensor.shape or not tensor.numel():
-        return tensor.numel()
-    with _torch.hidden():
-        changed = _memory.as_bytes(proof.contiguous()) != _memory.as_bytes(tensor.contiguous())
-        return int(changed.view(-1, tensor.element_size()).any(-1).sum())
+def _export_behind(save: Save) -> Export:
+    """The export through which a save was written to: the first that reaches an element that differs."""
+    remarks = save.remark()
+    exports, proof = remarks.exports, remarks.proof
+    if len(exports) > 1 and proof is not None and _memory.readable(save.tensor):
+        with _torch.hidden():
+            differs = _memory.differing_elements(save.tensor, proof)
+            for export in exports:
+                if export.span is not None and _memory.any_within(save.tensor, differs, export.span):
+                    return export
+    return exports[0]
+
+
+def examine_stashed(save: Save) -> None:
+    """The same for a save that PyTorch reads without a look at its version: a tracked write is silent, too."""
+    ALIASES.sync(save.storage)
+    remarks = save.remark()
+    remarks.compare = remarks.compare or save.moved
+    with _torch.no_torch_function():
+        _examine(save)
+    save.version = _memory.version_of(save.tensor)
 
 
 def look_for_unseen_writes(leaving: bool = False) -> None:
     """Ask every watched counter now. On leaving an ``allow`` block, what moved in it is allowed."""
+    _look_at_exports(leaving)
     for storage in list(ALIASES.by_storage) + list(ALIASES.young):
         saves = LEDGER.in_storage(storage)
         before = {id(save) for save in saves if save.remarks is not None and save.remarks.suspect is not None}
@@ -143,7 +194,27 @@ def look_for_unseen_writes(leaving: bool = False) -> None:
         if leaving:
             for save in saves:
                 if save.remarks is not None and save.remarks.suspect is not None and id(save) not in before:
+                    if isinstance(save, Reread):
+                        save.allowed = _policy.state.reasons[-1]
+                        continue
                     _examine(save)  # inside the block, so it is recorded as allowed
+
+
+def _look_at_exports(leaving: bool) -> None:
+    """Compare what code outside torch can write to. What changed in an ``allow`` block is allowed, and recorded.
+
+    A save that had changed before is not looked at again until backward reads it.
+    """
+    EXPORTS.settle_dead()
+    inside = leaving or bool(_policy.state.reasons)
+    for save in list(EXPORTS.saves()):
+        remarks = save.remark()
+        if remarks.spoilt or remarks.proof is None or save.moved or save.is_proven:
+            continue
+        if inside:
+            _examine(save)
+        else:
+            remarks.spoilt = True
 
 
 def leave_to(guard: _policy.Respondent) -> None:
@@ -151,9 +222,11 @@ def leave_to(guard: _policy.Respondent) -> None:
     look_for_unseen_writes()
     for save in LEDGER.all_alive():
         remarks = save.remarks
-        if (
+        if save.tracked:
+            save.remark().guard = guard
+        elif (
             remarks is not None
-            and (remarks.suspect is not None or remarks.compare)
-            and (remarks.proof is None or not _memory.same_bytes(save.tensor, remarks.proof))
+            and (remarks.suspect is not None or remarks.compare or (remarks.exports and remarks.proof is not None))
+            and not (save.is_back or save.is_proven)
         ):
             remarks.guard = guard

@@ -8,11 +8,20 @@ counter set to the version at which it was saved first, and then unpacked.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from torchguard import _torch
+
+
+@contextmanager
+def _natively() -> Iterator[None]:
+    """Save the way plain PyTorch does, wherever the guard is asked."""
+    with _torch.unseen(), _torch.outside_transforms(), _torch.without_hooks(), torch.enable_grad():
+        yield
 
 
 class _Saver(torch.autograd.Function):
@@ -37,6 +46,11 @@ def refusal(tensor: torch.Tensor, expected: int, node: str | None, output: int) 
         node: name of the node whose output it is, None where an input or a leaf was saved.
         output: which output of that node.
     """
+    if _torch.is_wrapper(tensor):
+        # A custom Function cannot be called with it here: torch words the refusal of a look-alike.
+        if node is None and tensor.grad_fn is not None:
+            node, output = str(tensor.grad_fn.name()), tensor.output_nr
+        tensor = _look_alike(tensor)
     message = _native_message(tensor, expected)
     if node is not None:
         message = message.replace(
@@ -47,8 +61,16 @@ def refusal(tensor: torch.Tensor, expected: int, node: str | None, output: int) 
 
 def hold(tensor: torch.Tensor) -> Any:
     """A node of PyTorch's own that has ``tensor`` saved, without the guard's hooks."""
-    with _torch.unseen(), _torch.without_hooks(), torch.enable_grad():
+    with _natively():
         return _Saver.apply(torch.ones((), requires_grad=True), [tensor]).grad_fn  # type: ignore[no-untyped-call]
+
+
+def _look_alike(tensor: torch.Tensor) -> torch.Tensor:
+    with _torch.hidden():
+        version = tensor._version
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        _torch.set_version(tensor, version)
+    return tensor
 
 
 def _native_message(tensor: torch.Tensor, expected: int) -> str:
@@ -76,7 +98,7 @@ _style: list[bool] = []
 def _as_torch_names(node: str) -> str:
     """``node`` as this torch names it in the message: ``ExpBackward0``, or ``Exp`` since 2.13."""
     if not _style:
-        with _torch.unseen(), _torch.without_hooks(), torch.enable_grad():
+        with _natively():
             result = torch.ones((), requires_grad=True).exp()
             saver: Any = result.grad_fn
             result.detach().add_(1)
@@ -90,7 +112,7 @@ _detached: list[str] = []
 def detached_refusal() -> RuntimeError:
     """PyTorch's error for a saved tensor that was detached in place."""
     if not _detached:
-        with _torch.unseen(), _torch.without_hooks(), torch.enable_grad():
+        with _natively():
             middle = torch.ones((), requires_grad=True) * 1
             saver: Any = (middle * middle).sum()
             middle.detach_()

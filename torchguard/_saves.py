@@ -16,13 +16,14 @@ import sys
 from collections.abc import Callable
 from itertools import islice
 from types import CodeType
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 
 import torch
 
-from torchguard import _memory, _places, _policy, _torch
+from torchguard import _fingerprint, _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
+from torchguard._exports import EXPORTS, FRESH, OWN_NODES, Export
 from torchguard._ledger import Extent, Ledger
 from torchguard._violation import Kind
 
@@ -36,13 +37,31 @@ _FILE_AT = 4096
 _VIEW_NODE = type(torch.ones(1, requires_grad=True).as_strided((1,), (1,)).grad_fn)
 
 #: With ``every_call`` an operation is called from the override: what called the override is its caller.
-_OWN_FILES = frozenset({__file__, os.path.join(os.path.dirname(__file__), "_intercept.py")})
+OWN_FILES = frozenset(
+    {
+        __file__,
+        *(os.path.join(os.path.dirname(__file__), f"{name}.py") for name in ("_intercept", "_functorch", "_compiled")),
+    }
+)
 
 
 class Remarks:
     """What is known of the few saves about which there is something to say."""
 
-    __slots__ = ("compare", "guard", "proof", "suspect", "view", "writer")
+    __slots__ = (
+        "awaits",
+        "compare",
+        "exports",
+        "fingerprint",
+        "guard",
+        "lent",
+        "proof",
+        "spoilt",
+        "stashed",
+        "suspect",
+        "view",
+        "writer",
+    )
 
     def __init__(self) -> None:
         #: The alias whose counter moved without a write that the guard saw.
@@ -51,10 +70,22 @@ class Remarks:
         self.proof: torch.Tensor | None = None
         #: Whether the bytes decide at the read: a trusted or a silent writer has been at work.
         self.compare = False
+        #: Whether PyTorch would read it without a look at its version, and never lets go of it: the bytes decide.
+        self.stashed = False
+        #: What is known of the saved bytes while their memory is given up.
+        self.fingerprint: torch.Tensor | None = None
+        #: Waits for a write that has begun in the background; to be called before the bytes are compared.
+        self.awaits: Callable[[], None] | None = None
         #: What the last such writer was, and where, if the guard saw it.
         self.writer: tuple[Kind, str, _places.Instruction] | None = None
         #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.
         self.guard: _policy.Respondent | None = None
+        #: By what code outside torch could write to it: the bytes decide at the read.
+        self.exports: list[Export] = []
+        #: Whether the copy is kept for the exports alone, maybe together with other saves.
+        self.lent = False
+        #: Whether code outside torch has written to it already, where nothing allowed it.
+        self.spoilt = False
         #: Where the output is a view that was written in place, a weak hold on it: PyTorch names its node in
         #: a refusal while it lives, and the node that reads once it is gone.
         self.view: ref[torch.Tensor] | None = None
@@ -88,6 +119,13 @@ class Save:
         "version",
     )
 
+    #: Whether the guard makes PyTorch's check of versions for it, and whether it is sure that backward will read this
+    #: memory (both are otherwise under save hooks of the program).
+    checked: ClassVar[bool] = True
+    certain: ClassVar[bool] = True
+    #: Whether a write that nobody saw has moved the version of one that is not checked.
+    tracked: ClassVar[bool] = False
+
     tensor: torch.Tensor
     version: int
     storage: int
@@ -110,9 +148,11 @@ class Save:
         remarks = self.remark()
         tensor = self.tensor
         with _torch.hidden():
+            tensor = _torch.behind(tensor)
             if at_most is not None and tensor.numel() * tensor.element_size() > at_most:
                 return
-            if remarks.proof is None and _memory.span_of(tensor) is not None:
+            remarks.lent = False
+            if remarks.proof is None and _memory.span_of(tensor) is not None and _memory.readable(tensor):
                 remarks.proof = tensor.detach().clone()
 
     def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
@@ -122,20 +162,71 @@ class Save:
         remarks.compare = True
         remarks.writer = (kind, operation, here)
 
-    def accept(self) -> None:
-        """What has happened to the save so far has been answered: what is there now is what backward is to find."""
+    def shares_counter(self, target: torch.Tensor) -> bool:
+        """Whether a counted write to ``target`` moves the version of what was saved."""
+        return _memory.shares_counter(target, self.tensor)
+
+    def expect_version(self) -> None:
+        """The version of a save that is not checked has moved by a write that was seen."""
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether there is proof, and the bytes are those of it."""
+        proof = None if self.remarks is None else self.remarks.proof
+        return proof is not None and _memory.readable(self.tensor) and _memory.same_bytes(self.tensor, proof)
+
+    @property
+    def changed_elements(self) -> int:
+        """How many elements differ from the proof; all of them where there is none."""
+        return _memory.changed_elements(self.tensor, None if self.remarks is None else self.remarks.proof)
+
+    def expect_back(self, operation: str) -> None:
+        """The save's memory is about to be freed by somebody who fills it again, with ``operation``."""
+        remarks = self.remark()
+        if remarks.compare:
+            return
+        if remarks.proof is None:
+            remarks.fingerprint = _fingerprint.of(self.tensor)
+        if remarks.proof is not None or remarks.fingerprint is not None:
+            remarks.compare = True
+            remarks.writer = ("uncounted", operation, None)
+
+    @property
+    def is_back(self) -> bool:
+        """Whether the memory that was given up holds what it held, or is not there: then nobody can read it."""
+        expected = None if self.remarks is None else self.remarks.fingerprint
+        if expected is None:
+            return False
+        found = _fingerprint.of(self.tensor)
+        with _torch.hidden():
+            return found is None or bool(torch.equal(found, expected))
+
+    def follow(self) -> None:
+        """The tensor that was saved may lie elsewhere now."""
         if self.node is None:
             storage = _memory.storage_of(self.tensor)
             if storage != self.storage:
                 self.storage = storage
                 if not any(save is self for save in LEDGER.in_storage(storage)):
                     LEDGER.add(self)
+
+    def accept(self) -> None:
+        """What has happened to the save so far has been answered: what is there now is what backward is to find."""
+        self.follow()
         remarks = self.remarks
         if remarks is not None:
             remarks.suspect = remarks.guard = remarks.writer = None
-            if remarks.proof is not None:
+            if remarks.fingerprint is not None:
+                remarks.fingerprint = _fingerprint.of(self.tensor)
+                remarks.compare = remarks.fingerprint is not None
+            if remarks.proof is not None and not remarks.spoilt:
                 remarks.proof = None
                 self.keep_proof()
+
+    @property
+    def stashed(self) -> bool:
+        """Whether PyTorch reads it without a look at its version."""
+        return self.remarks is not None and self.remarks.stashed
 
     @property
     def moved(self) -> bool:
@@ -176,8 +267,8 @@ def is_foreign(tensor: torch.Tensor) -> bool:
 
 
 def _is_foreign(save: Save) -> bool:
-    try:
-        return is_foreign(save.tensor)
+    try:  # what torch.func wraps has remarks
+        return is_foreign(save.tensor if save.remarks is None else _torch.behind(save.tensor))
     except _memory.NO_MEMORY:
         return False
 
@@ -186,6 +277,7 @@ def extent_of(tensor: torch.Tensor) -> Extent | None:
     """Where the tensor's storage lies, and whether it is foreign; None where it has no memory."""
     try:
         with _torch.no_torch_function():
+            tensor = _torch.behind(tensor)
             low = _torch.storage_address(tensor)
             storage = tensor.untyped_storage()
             return (low, low + storage.nbytes(), not storage.resizable()) if low else None
@@ -198,8 +290,11 @@ LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_a
 ALIASES.live_saves = LEDGER.in_storage
 
 
-def make_pack() -> Callable[[torch.Tensor], Save]:
-    """A new pack hook. Everything it uses is bound to a local name: it runs once a save."""
+def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
+    """A new pack hook, or one for tensors that are known to be no plain ones.
+
+    Everything it uses is bound to a local name: it runs once a save.
+    """
     pending = LEDGER.pending
     file = LEDGER.file
     append = pending.append
@@ -213,8 +308,14 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
     aliases = ALIASES.by_storage
     getframe = sys._getframe
     disabled = _torch.no_torch_function
+    exports = EXPORTS.by_storage
+    dead_exports = EXPORTS.dead
+    references = sys.getrefcount
+    fresh_and_saved = FRESH + 1
+    first = next_number()
+    own_nodes = OWN_NODES
     new = Save.__new__
-    own_files = _OWN_FILES
+    own_files = OWN_FILES
     view_node = _VIEW_NODE
 
     def record(tensor: torch.Tensor, storage: int) -> Save:
@@ -241,7 +342,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             save.inner_offset = frame.f_lasti
         grad_fn = tensor.grad_fn
         if grad_fn is not None and (
-            grad_fn._sequence_nr() == (number := next_number()) - 1
+            (made := grad_fn._sequence_nr()) == (number := next_number()) - 1
             or number < 0  # this torch does not tell: never risk a cycle
             or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
         ):
@@ -255,11 +356,20 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             except IndexError:
                 before = None
             if before is not None and before.node is None and before.inner_offset == save.inner_offset:
-                _mend_foreach(node, grad_fn._sequence_nr(), save.inner_code)
+                _mend_foreach(node, made, save.inner_code)
+            may_be_older = save.version > 0 or node not in own_nodes
         else:
             save.node = None
             save.output = 0
             save.tensor = tensor
+            base = tensor._base
+            if base is not None:
+                grad_fn = base.grad_fn
+            if grad_fn is None:
+                may_be_older = base is not None or references(tensor) > fresh_and_saved
+            else:
+                # Written in place, the node is younger than the memory.
+                may_be_older = save.version > 0 or grad_fn._sequence_nr() < first or type(grad_fn) not in own_nodes
         latest = young.get(storage)
         if latest is not None and latest[0]() is None:
             young.pop(storage, None)  # a temporary of the last step
@@ -267,6 +377,14 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             ALIASES.sync(storage)
             if ALIASES.arm(storage, tensor):
                 save.keep_proof(PROOF_BYTES_AT_SAVE)
+        known = exports.get(storage)
+        if known is not None:
+            if known.exports:
+                EXPORTS.keep(save, known)
+        elif may_be_older:
+            EXPORTS.ask(save, storage, grad_fn)
+        if dead_exports:
+            EXPORTS.settle_dead()
         append(ref(save))
         if len(pending) > _FILE_AT:
             file()
@@ -294,7 +412,7 @@ def make_pack() -> Callable[[torch.Tensor], Save]:
             return record(tensor, storage)
         return record_exotic(tensor)
 
-    return pack
+    return record_exotic if exotic else pack
 
 
 def _latest(most: int) -> list[ref[Save]]:

@@ -7,11 +7,16 @@ guard can say what it does not watch instead of crashing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 _C: Any = torch._C
 _autograd: Any = torch._C._autograd
@@ -41,6 +46,33 @@ else:
         return tensor.untyped_storage().data_ptr()
 
 
+class WeakStorage:
+    """A hold on a storage that does not keep its memory; the storage's identity is not used again meanwhile."""
+
+    __slots__ = ("_reference",)
+
+    def __init__(self, storage: Any) -> None:
+        self._reference: int = storage._weak_ref()
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """The storage, or None once its memory is gone."""
+        storage: torch.UntypedStorage | None = _Storage._new_with_weak_ptr(self._reference)
+        return storage
+
+    def __del__(self) -> None:
+        _free(self._reference)
+
+
+_Storage: Any = torch.UntypedStorage
+_free: Any = getattr(_Storage, "_free_weak_ref", None)
+_CAN_HOLD_WEAKLY = all(hasattr(_Storage, name) for name in ("_weak_ref", "_new_with_weak_ptr", "_free_weak_ref"))
+
+
+def weak_storage(tensor: torch.Tensor) -> WeakStorage | None:
+    """A weak hold on the tensor's storage; None where this torch has none."""
+    return WeakStorage(tensor.untyped_storage()) if _CAN_HOLD_WEAKLY else None
+
+
 # ---- version counters --------------------------------------------------------------------------------------
 # There is no public way to put a counter back, which the probe for shared counters needs.
 
@@ -66,17 +98,37 @@ no_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(_C, "Disa
 no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableTorchDispatch", nullcontext)
 
 
+no_transforms: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableFuncTorch", nullcontext)
+
+
+_innermost_transform: Callable[[], Any] = getattr(
+    getattr(_C, "_functorch", None), "peek_interpreter_stack", lambda: None
+)
+
+
+def any_mode_active() -> bool:
+    """Whether a user's mode, or a transform of torch.func, would see what is done with tensors now."""
+    return function_mode_active() or dispatch_mode_depth() > 0 or _innermost_transform() is not None
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
-    """Do something with tensors of real memory that no user's mode and no subclass sees."""
-    with no_torch_function(), no_torch_dispatch():
+    """Do something with tensors of real memory that no user's mode, no subclass and no transform sees."""
+    with no_torch_function(), no_torch_dispatch(), no_transforms():
         yield
 
 
 @contextmanager
 def hidden() -> Iterator[None]:
     """The same, and no graph records it: for all that the guard looks at and copies."""
-    with unseen(), torch.no_grad():
+    with no_torch_function(), no_torch_dispatch(), no_transforms(), torch.no_grad():
+        yield
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """Make a user's call on copies: unseen and unrecorded, but inside the torch.func transforms that are on."""
+    with no_torch_function(), no_torch_dispatch(), torch.no_grad():
         yield
 
 
@@ -99,6 +151,69 @@ def remove_function_mode(mode: Any) -> None:
         _push_mode(other)
 
 
+# ---- torch.func --------------------------------------------------------------------------------------------
+# Inside a transform a tensor is a wrapper, with a version counter of its own and no memory; what it wraps may be
+# a wrapper again. There is no public way to what lies behind.
+
+_transforms: Any = getattr(_C, "_functorch", None)
+_NO = lambda tensor: False  # noqa: E731
+_is_wrapped: Callable[[torch.Tensor], bool] = getattr(_transforms, "is_functorch_wrapped_tensor", _NO)
+_is_grad_wrapper: Callable[[torch.Tensor], bool] = getattr(_transforms, "is_gradtrackingtensor", _NO)
+_is_batch_wrapper: Callable[[torch.Tensor], bool] = getattr(_transforms, "is_batchedtensor", _NO)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether torch.func made this tensor around another one."""
+    # Functionalisation, which compilers use, makes wrappers as well.
+    return _is_wrapped(tensor) and (_is_grad_wrapper(tensor) or _is_batch_wrapper(tensor))
+
+
+def levels_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor, what it wraps, and so on down to the one that has memory."""
+    yield tensor
+    while is_wrapper(tensor):
+        tensor = _transforms.get_unwrapped(tensor)
+        yield tensor
+
+
+def behind(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that has the memory: ``tensor`` itself unless torch.func wrapped it."""
+    while _is_wrapped(tensor) and is_wrapper(tensor):
+        tensor = _transforms.get_unwrapped(tensor)
+    return tensor
+
+
+def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """``memory`` in the wrappers that ``tensor`` has; those of transforms that are over are left out."""
+    for wrapper in reversed(list(levels_of(tensor))[:-1]):
+        level = _transforms.maybe_get_level(wrapper)
+        if level < 0:
+            continue
+        if _is_batch_wrapper(wrapper):
+            memory = _transforms._add_batch_dim(memory, _transforms.maybe_get_bdim(wrapper), level)
+        else:
+            memory = _transforms._wrap_for_grad(memory, level)
+    return memory
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leave the torch.func transforms that are on in this thread for a block: it calls a custom Function, say."""
+    try:
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    except ImportError:
+        yield
+        return
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def tracing() -> bool:
+    """Whether torch.compile is tracing in this thread: what is called then is not the program's run."""
+    context = getattr(getattr(torch, "_guards", None), "TracingContext", None)
+    return context is not None and context.try_get() is not None
+
+
 # ---- autograd ----------------------------------------------------------------------------------------------
 # The public saved_tensors_hooks pops by position; a guard that leaves out of order must find its own pair.
 
@@ -110,15 +225,69 @@ def sequence_number(node: Any) -> int:
     return int(node._sequence_nr())
 
 
+def made_since(node: Any, number: int) -> bool:
+    """Whether this thread made the node since the next sequence number was ``number``; never a leaf's."""
+    return number <= int(node._sequence_nr()) < next_sequence_number()
+
+
+_SAVED = "_raw_saved_"
+_saved_names: dict[type, list[str]] = {}
+_saved_tensors: Any = torch.autograd.function.BackwardCFunction.saved_tensors
+#: Types of nodes that cannot be asked what they save: an in-place operation on a view, a C++ extension's function.
+_OPAQUE_NODES = ("CopySlices", "CppFunction")
+
+
+def saved_variables(node: Any) -> list[tuple[Any, torch.Tensor]] | None:
+    """The saved tensors of a node, each with what PyTorch takes hooks on; None where the node hides them.
+
+    A tensor whose ``grad_fn`` is the node is an output of it; every other is the very tensor that was saved.
+    """
+    kind = type(node)
+    names = _saved_names.get(kind)
+    if names is None:
+        names = _saved_names[kind] = [name for name in dir(kind) if name.startswith(_SAVED)]
+    if not names:
+        return None if kind.__name__ in _OPAQUE_NODES else []
+    found = []
+    for name in names:
+        try:
+            raw = getattr(node, name)
+            custom = name == "_raw_saved_tensors" and isinstance(node, torch.autograd.function.BackwardCFunction)
+            tensors = _saved_tensors.__get__(node) if custom else getattr(node, "_" + name[len("_raw_") :])
+        except (RuntimeError, AttributeError):  # freed, or PyTorch refuses it already
+            continue
+        several = isinstance(raw, (list, tuple))
+        for variable, tensor in zip(raw, tensors, strict=True) if several else ((raw, tensors),):
+            if isinstance(tensor, torch.Tensor):
+                found.append((variable, tensor))
+    return found
+
+
+def about_to_save(ctx: Any) -> tuple[Any, ...]:
+    """What ``ctx.save_for_backward`` was given in a forward that runs still."""
+    return getattr(ctx, "to_save", None) or ()
+
+
 _push = _autograd._push_saved_tensors_default_hooks
 _pop = _autograd._pop_saved_tensors_default_hooks
 _top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+CAN_LOOK_AT_HOOKS = _top is not None
 _hooks_enabled: Callable[[], bool] = getattr(_autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 
 #: Where torch.func switches save hooks off and on again, by name: patched so that the guard can step aside.
 HOOK_SWITCHES = (_autograd, "_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable")
-#: Where save hooks are pushed, by name.
-HOOK_PUSH = (_autograd, "_push_saved_tensors_default_hooks")
+#: Where save hooks are pushed, popped and looked at, by name.
+HOOK_PUSHES = tuple(
+    (module, "_push_saved_tensors_default_hooks")
+    for module in (_autograd, torch.autograd)
+    if hasattr(module, "_push_saved_tensors_default_hooks")
+)
+HOOK_POPS = tuple(
+    (module, "_pop_saved_tensors_default_hooks")
+    for module in (_autograd, torch.autograd)
+    if hasattr(module, "_pop_saved_tensors_default_hooks")
+)
+HOOK_TOP = (_autograd, "_top_saved_tensors_default_hooks")
 
 
 def hooks_enabled() -> bool:
@@ -131,12 +300,27 @@ def push_hooks(pair: Hooks) -> None:
     _push(*pair)
 
 
+def pop_hooks() -> bool:
+    """Pop the innermost pair of save hooks; where this torch shows none, whichever it is."""
+    _pop()
+    return True
+
+
 def top_hooks() -> Hooks | None:
     """The innermost pair of save hooks of this thread."""
     if _top is None:
         return None
     pair = _top(True)
     return None if pair is None else (pair[0], pair[1])
+
+
+def lift_hooks() -> list[Hooks]:
+    """Take all pairs off this thread's stack, and return them, innermost first."""
+    lifted: list[Hooks] = []
+    while (top := top_hooks()) is not None:
+        _pop()
+        lifted.append(top)
+    return lifted
 
 
 def remove_hooks(pair: Hooks) -> int:
@@ -160,10 +344,7 @@ def remove_hooks(pair: Hooks) -> int:
 @contextmanager
 def without_hooks() -> Iterator[None]:
     """Run a block with this thread's save hooks lifted: what it saves is saved the way plain PyTorch does."""
-    lifted: list[Hooks] = []
-    while (top := top_hooks()) is not None:
-        _pop()
-        lifted.append(top)
+    lifted = lift_hooks()
     try:
         yield
     finally:
@@ -194,12 +375,78 @@ def remove_script_name(wrapper: object) -> None:
     builtins._get_builtin_table().pop(id(wrapper), None)
 
 
+# ---- torch.compile -----------------------------------------------------------------------------------------
+
+
+def where_regions_are_compiled() -> tuple[Any, str] | None:
+    """The class and the method that hand a graph to a backend; None as long as torch.compile was not loaded."""
+    module = sys.modules.get("torch._dynamo.output_graph")
+    owner = getattr(module, "OutputGraph", None)
+    return (owner, "call_user_compiler") if hasattr(owner, "call_user_compiler") else None
+
+
+def load_compiler() -> None:
+    """What the first call of ``torch.compile`` does."""
+    importlib.import_module("torch._dynamo")
+
+
+def graph_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.fx.GraphModule | None:
+    """The graph that a backend is given."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.GraphModule)]
+    return given[0] if given else None
+
+
+def copy_of_graph(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A module of its own graph with the same parameters and buffers."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return torch.fx.GraphModule(module, graph)
+
+
+def has_unknown_operators(module: torch.fx.GraphModule) -> bool:
+    """Whether a graph calls operators that are not torch's own, or calls further graphs."""
+    for node in module.graph.nodes:
+        target = node.target
+        operator = isinstance(target, torch._ops.OperatorBase)
+        if operator and str(getattr(target, "namespace", "")) not in ("aten", "prims"):
+            return True
+        if node.op == "call_module" or "distributed" in str(getattr(target, "__module__", "")):
+            return True
+    return False
+
+
+def skip_compiling(code: CodeType) -> None:
+    """Have torch.compile run this code as it is: below a compiled frame it is offered every other one."""
+    eval_frame: Any = getattr(getattr(_C, "_dynamo", None), "eval_frame", object())
+    if hasattr(eval_frame, "skip_code"):  # before 2.7
+        eval_frame.skip_code(code)
+    elif hasattr(eval_frame, "set_code_exec_strategy"):
+        action = eval_frame._FrameAction
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT))
+
+
 VF: Any = torch._VF
 NN: Any = torch._C._nn
 VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
 
 
 NN_FUNCTIONS = (torch._C, "_nn")
+
+#: Methods of a storage that write to its bytes, and those that put it into shared memory.
+STORAGE_WRITERS = ("fill_", "copy_", "__setitem__", "_byteswap")
+STORAGE_SHARERS = ("_share_fd_cpu_", "_share_filename_cpu_")
+
+#: Everything that makes a DLPack capsule of a tensor.
+CAPSULE_MAKERS = [
+    (owner, name)
+    for owner, name in (
+        (_C, "_to_dlpack"),
+        (_C, "_to_dlpack_versioned"),
+        (torch.utils.dlpack, "to_dlpack"),
+        (torch, "to_dlpack"),
+    )
+    if hasattr(owner, name)
+]
 
 #: What ``torch.ops`` calls are made of.
 OPERATOR_TYPES: tuple[type, ...] = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -217,9 +464,104 @@ def reading_node() -> str | None:
     return None if current is None else str(current.name())
 
 
+#: What a node of batch normalisation saves and, in training mode, does not use.
+_RUNNING_STATISTICS = ("_saved_running_mean", "_saved_running_var")
+
+
+def unused_by_reader() -> Iterator[Callable[[], Any]]:
+    """Reads, for each tensor that the node which backward runs now has saved, takes out and does not use.
+
+    In training mode the backward of batch normalisation stands on the statistics of the batch; the running ones are
+    saved for evaluation mode alone, and taken out in both.
+    """
+    node = getattr(_C, "_current_autograd_node", lambda: None)()
+    if node is None:
+        return
+    training = getattr(node, "_saved_training", getattr(node, "_saved_train", None))
+    if training or type(node).__name__.startswith("BatchNormWithUpdateBackward"):
+        for name in _RUNNING_STATISTICS:
+            if hasattr(type(node), name):
+                yield partial(getattr, node, name)
+
+
+def evaluates(result: Any) -> bool:
+    """Whether this is what batch normalisation returned in evaluation mode, with a graph."""
+    first = result[0] if isinstance(result, (list, tuple)) and result else result
+    return getattr(getattr(first, "grad_fn", None), "_saved_training", None) is False
+
+
+#: The block that puts version counters back.
+PRESERVING_BLOCK: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
+
+
 def node_class_of(function: Any) -> Any:
     """The class of the nodes that a custom Function makes."""
     return getattr(function, "_backward_cls", None)
+
+
+#: Where checkpoints of the two kinds run their function, by name.
+CHECKPOINT_HOOK = (torch.utils.checkpoint, "_checkpoint_hook")
+CHECKPOINT_FORWARD = (torch.utils.checkpoint.CheckpointFunction, "forward")
+
+
+def keeps_its_saves(node: Any) -> bool:
+    """Whether backward has not yet let go of what a custom Function's node saved."""
+    try:
+        return node._raw_saved_tensors is not None
+    except RuntimeError:
+        return False
+
+
+def is_compiled(item: Any) -> bool:
+    """Whether a module or function runs what ``torch.compile`` has made."""
+    return hasattr(item, "_torchdynamo_orig_callable") or (
+        isinstance(item, torch.nn.Module)
+        and (item._compiled_call_impl is not None or type(item).__name__ == "OptimizedModule")
+    )
+
+
+# ---- torch.distributed -------------------------------------------------------------------------------------
+# Every public collective goes through the methods of a process group, a class of torch's C++ side. ``import torch``
+# imports it where torch was built with it (measured from 2.5 to 2.13); the guard never does.
+
+_c10d: Any = getattr(_C, "_distributed_c10d", None)
+
+#: The classes whose methods are collectives; none where torch was built without torch.distributed.
+PROCESS_GROUPS: tuple[Any, ...] = tuple(
+    owner for owner in (getattr(_c10d, "ProcessGroup", None), getattr(_c10d, "Backend", None)) if owner is not None
+)
+
+#: What a collective returns.
+Work: Any = getattr(_c10d, "Work", object)
+
+_unbox_work: Any = getattr(Work, "unbox", None)
+
+#: The operators that are collectives, by the first half of their names.
+COLLECTIVE_OPERATORS = frozenset({"c10d", "_c10d_functional"} if _unbox_work else {"_c10d_functional"})
+
+#: The function behind the broadcasts of DistributedDataParallel, by name, wherever it is looked up.
+BROADCAST_COALESCED: tuple[tuple[Any, str], ...] = tuple(
+    (owner, "_broadcast_coalesced")
+    for owner in (_c10d, getattr(torch, "distributed", None))
+    if hasattr(owner, "_broadcast_coalesced")
+)
+
+
+def in_coalescing_block(group: Any) -> bool:
+    """Whether what ``group`` is asked to do is put off until a block of calls is left."""
+    module: Any = getattr(getattr(torch, "distributed", None), "distributed_c10d", None)
+    return group in getattr(getattr(module, "_world", None), "pg_coalesce_state", ())
+
+
+def wait_for_operator(result: Any, written: Iterable[torch.Tensor]) -> None:
+    """Wait until a collective called by its operator has written."""
+    for item in result if isinstance(result, (list, tuple)) else (result,):
+        if isinstance(item, torch.ScriptObject):
+            _unbox_work(item).wait()
+    wait: Any = getattr(torch.ops._c10d_functional, "wait_tensor", None)
+    if wait is not None:
+        for tensor in written:
+            wait(tensor)
 
 
 def missing() -> list[str]:
@@ -228,5 +570,15 @@ def missing() -> list[str]:
     if not CAN_PROBE_COUNTERS:
         told.append("torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions")
     if _top is None:
-        told.append("torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering")
+        told.append(
+            "torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering, and what is "
+            "saved under a program's own save hooks is not watched"
+        )
+    if not _CAN_HOLD_WEAKLY:
+        told.append("torch has no weak references to storages: save hooks that return a key are judged less exactly")
+    module, hook = CHECKPOINT_HOOK
+    if not hasattr(module, hook):
+        told.append("torch.utils.checkpoint has no _checkpoint_hook: what non-reentrant checkpoints read")
+    if _c10d is not None and _unbox_work is None:
+        told.append("torch cannot unbox the Work of torch.ops.c10d: collectives called by these operators are not seen")
     return told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Literal
 
-from torchguard import _memory, _places, _policy
+from torchguard import _memory, _places, _policy, _torch
 from torchguard._places import Instruction
 from torchguard._saves import Save
 from torchguard._violation import Kind, Violation
@@ -34,7 +34,7 @@ def pronounce(
             read=_places.place_of(read),
             saved_by=save.operation,
             elements=elements,
-            of=save.tensor.numel(),
+            of=_torch.behind(save.tensor).numel(),
             caught=caught,
             allowed=reason,
             thread=threading.current_thread().name,

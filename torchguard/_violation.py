@@ -8,7 +8,99 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "uncounted", "rebind", "unseen"]
+Kind = Literal["write", "uncounted", "rebind", "unseen", "exported", "unchecked", "stashed", "recompute"]
+
+
+@dataclass(frozen=True)
+class _Wording:
+    """How a report speaks of one kind of violation; ``{write}`` is the operation, or "a write"."""
+
+    headline: str
+    explanation: str
+    fix: str
+    seen: bool = True  # whether the guard always sees who writes
+    by_alias: bool = False  # whether the line that took an alias is shown
+    unknown_writer: str = "between save and read, by a call that is not patched: out=, torch.ops or an extension"
+    verb: str = ""  # instead of "would corrupt" or "may have corrupted a tensor saved for backward"
+
+
+_CANNOT_SEE = """\
+autograd cannot see this write: it does not move the version counter of the saved tensor.
+If backward reads the saved tensor, the gradient is wrong. Without torchguard, backward() would
+finish with wrong gradients and no error."""
+_ON_A_COPY = (
+    "do it after backward(), or on {name}.data.clone(); to have autograd check it, use {name}.detach() under "
+    "torch.no_grad()"
+)
+
+_WORDINGS: dict[Kind, _Wording] = {
+    "write": _Wording("{write} through {alias}", _CANNOT_SEE, _ON_A_COPY, by_alias=True),
+    "uncounted": _Wording(
+        "{write}, which moves no version counter,",
+        _CANNOT_SEE,
+        "do it after backward(), or use an operation that moves the counter, which autograd checks",
+    ),
+    "rebind": _Wording(
+        "{write}",
+        """\
+autograd cannot see this: the tensor that it saved points to other memory from now on, and
+its version counter does not move. If backward reads it, the gradient is wrong. Without
+torchguard, backward() would finish with wrong gradients and no error.""",
+        "assign after backward(); to have autograd check it, use copy_() under torch.no_grad()",
+    ),
+    "unseen": _Wording(
+        "a write through an alias",
+        """\
+The alias's own version counter moved, the saved tensor's did not: autograd cannot see that
+its memory was written to. Without torchguard, backward() would finish with wrong gradients
+and no error. To stop at the line that writes, use torchguard.strict(every_call=True).""",
+        _ON_A_COPY,
+        seen=False,
+        by_alias=True,
+        unknown_writer="between alias and read, by a call that is not patched: out=, torch.ops or an extension",
+    ),
+    "exported": _Wording(
+        "a write from outside torch",
+        """\
+Code outside torch can write to this memory and autograd cannot see it: the saved bytes are not
+what they were. Without torchguard, backward() would finish with wrong gradients and no error.""",
+        "write after backward(), or to a copy: x.numpy().copy(), torch.tensor(array)",
+        seen=False,
+        by_alias=True,
+        unknown_writer="between alias and read: by NumPy, a DLPack consumer, another process",
+    ),
+    "unchecked": _Wording(
+        "{write}, under save hooks that switch PyTorch's check off,",
+        """\
+The version counter of the saved tensor moved, and without save hooks PyTorch would refuse to use it.
+Under save hooks (saved_tensors_hooks, save_on_cpu, checkpoint) it compares no versions, and what the
+pack hook returned is still the same memory. Without torchguard, backward() would finish with wrong
+gradients and no error.""",
+        "do it after backward(), or on a clone(); or have the pack hook return a copy, tensor.clone()",
+        seen=False,
+    ),
+    "stashed": _Wording(
+        "{write}, which torch.compile does not check for,",
+        """\
+A Function stashed this tensor on its ctx instead of giving it to save_for_backward, and so does
+the compiled one: its version is never looked at. Without torchguard, backward() would finish
+with wrong gradients and no error.""",
+        "do it after backward(); to have autograd check it, use ctx.save_for_backward() in the Function",
+        seen=False,
+        unknown_writer="between the compiled forward and its backward",
+    ),
+    "recompute": _Wording(
+        "{write}",
+        """\
+A checkpoint saves nothing of what its function computes: backward runs the function again, with
+what weights, biases, buffers and masks hold by then. PyTorch checks none of them, not even their
+versions. Without torchguard, backward() would finish with wrong gradients and no error.""",
+        "do it after backward(), or hand the tensor to checkpoint() as an argument, which autograd checks",
+        seen=False,
+        unknown_writer="between forward and backward, by a call that is not patched: out=, torch.ops or an extension",
+        verb="has changed a tensor that a checkpoint reads again in backward",
+    ),
+}
 
 _RESET = "\x1b[0m"
 _COLOURS = {"headline": "\x1b[1;31m", "label": "\x1b[1m", "place": "\x1b[36m", "fix": "\x1b[32m"}
@@ -34,6 +126,10 @@ class SavedTensorCorruptionWarning(UserWarning):
     """Warned, once a site, where :class:`SavedTensorCorruptionError` would be raised under ``strict()``."""
 
 
+class UnwatchedWarning(UserWarning):
+    """Warned, once a process, of each thing that this torch or this program keeps out of the guard's sight."""
+
+
 @dataclass(frozen=True)
 class Violation:
     """A silent write that overlaps a live save.
@@ -41,7 +137,11 @@ class Violation:
     Attributes:
         kind: ``"write"`` (through an alias, by a call that the guard saw), ``"uncounted"`` (by a call that
             moves no version counter, whatever it writes through), ``"rebind"`` (``x.data = y`` on the tensor
-            that was saved) or ``"unseen"`` (a write that only the alias's version counter gave away).
+            that was saved), ``"unseen"`` (a write that only the alias's version counter gave away),
+            ``"exported"`` (a write from outside torch, to memory that was handed to NumPy, DLPack or another
+            process), ``"unchecked"`` (a write that moves the version, where the program's save hooks switch
+            PyTorch's check off), ``"stashed"`` (any write, tracked or not, to what PyTorch reads without a look
+            at its version) or ``"recompute"`` (any write to what a checkpoint reads again).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -131,68 +231,51 @@ class Violation:
         return "\n".join(lines)
 
     def _headline(self) -> str:
-        what = {
-            "write": f"{self.operation} through {'.data' if self.aliased else 'an alias'}",
-            "uncounted": f"{self.operation}, which moves no version counter,",
-            "rebind": self.operation,
-            "unseen": "a write through an alias",
-        }[self.kind]
-        verb = "would corrupt" if self.caught == "write" else "may have corrupted"
-        return f"{what} {verb} a tensor saved for backward"
+        wording = _WORDINGS[self.kind]
+        what = wording.headline.format(write=self.operation or "a write", alias=self._alias())
+        corrupts = "would corrupt" if self.caught == "write" else "may have corrupted"
+        return f"{what} {wording.verb or corrupts + ' a tensor saved for backward'}"
+
+    def _alias(self) -> str:
+        """``.data``, unless the line that took the alias did it otherwise."""
+        if self.aliased is None:
+            return "an alias"
+        line = self.aliased.expression or self.aliased.source
+        return ".data" if not line or "data" in line else "an alias"
 
     def _places(self) -> list[tuple[str, Place | None, str]]:
         shape = ", ".join(map(str, self.shape))
         saved = f"{self.dtype}[{shape}] on {self.device}" + (f", by {self.saved_by}" if self.saved_by else "")
         changed = f"{self.elements} of {self.of} elements"
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
-        if self.kind in ("write", "unseen"):
+        if _WORDINGS[self.kind].by_alias:
             places.append(("aliased", self.aliased, ""))
-        if self.kind == "unseen":
+        if self._writer_unknown:
             places.append(("written", None, ""))
-            places.append(("read", self.written, f"up to {changed}"))
+            bound = "up to " if self.kind in ("unseen", "recompute") else ""  # the whole save, for all the guard knows
+            places.append(("read", self.written, bound + changed))
         else:
             places.append(("written", self.written, changed))
             if self.caught == "read" and self.read != self.written:
                 places.append(("read", self.read, ""))
         return places
 
+    @property
+    def _writer_unknown(self) -> bool:
+        return not _WORDINGS[self.kind].seen and not self.operation
+
     def _unknown(self, label: str) -> str:
         if label == "aliased":
             return "(the alias was made before the guard came, or by a route it does not follow)"
-        if label == "written" and self.kind == "unseen":
-            return "(between alias and read, by a call that is not patched: out=, torch.ops or an extension)"
+        if label == "written" and self._writer_unknown:
+            return f"({_WORDINGS[self.kind].unknown_writer})"
         return "(no user code on the stack)"
 
     def _explanation(self) -> list[str]:
-        if self.kind == "rebind":
-            return [
-                "autograd cannot see this: the tensor that it saved points to other memory from now on, and",
-                "its version counter does not move. If backward reads it, the gradient is wrong. Without",
-                "torchguard, backward() would finish with wrong gradients and no error.",
-            ]
-        if self.kind == "unseen":
-            return [
-                "The alias's own version counter moved, the saved tensor's did not: autograd cannot see that",
-                "its memory was written to. Without torchguard, backward() would finish with wrong gradients",
-                "and no error. To stop at the line that writes, use torchguard.strict(every_call=True).",
-            ]
-        return [
-            "autograd cannot see this write: it does not move the version counter of the saved tensor.",
-            "If backward reads the saved tensor, the gradient is wrong. Without torchguard, backward() would",
-            "finish with wrong gradients and no error.",
-        ]
+        return _WORDINGS[self.kind].explanation.splitlines()
 
     def _ways_out(self, paint: Any) -> list[str]:
-        name = self._aliased_name()
-        if self.kind == "uncounted":
-            fix = "do it after backward(), or use an operation that moves the counter, which autograd checks"
-        elif self.kind == "rebind":
-            fix = "assign after backward(); to have autograd check it, use copy_() under torch.no_grad()"
-        else:
-            fix = (
-                f"do it after backward(), or on {name}.data.clone(); to have autograd check it, use "
-                f"{name}.detach() under torch.no_grad()"
-            )
+        fix = _WORDINGS[self.kind].fix.format(name=self._aliased_name())
         return [
             f"  {paint('fix:  ', 'fix')} {fix}",
             f'  {paint("allow:", "fix")} with torchguard.allow("why"): ...',

@@ -1,12 +1,13 @@
 """Which calls write to memory, to which of their arguments, and does PyTorch's version counter notice?
 
 The table is derived from torch itself: names that end in an underscore, in-place operators, and the
-operators' schemas, which say what each of them mutates. What a schema does not say is measured by
-``tests/test_writers.py``.
+operators' schemas, which say what each of them mutates. What a schema does not say is measured:
+``_counterless.py`` is what ``tools/probe_counters.py`` saw.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,28 +15,7 @@ from typing import Any
 
 import torch
 
-from torchguard import _torch
-
-#: These write through a raw pointer and leave the version counter where it was (measured; a test measures
-#: again).
-_MOVE_NO_COUNTER = frozenset(
-    {
-        "apply_",
-        "map_",
-        "map2_",
-        "_fused_adagrad_",
-        "_fused_adam_",
-        "_fused_adamw_",
-        "_fused_sgd_",
-        "_sobol_engine_ff_",
-        "_sobol_engine_scramble_",
-        "_amp_foreach_non_finite_check_and_unscale_",
-        "_fill_mem_eff_dropout_mask_",
-    }
-)
-
-#: Arguments whose counter stays where it was although that of the others moves.
-_ARGUMENTS_NOT_COUNTED = {"rrelu_with_noise_": frozenset({"noise"})}
+from torchguard import _counterless, _torch
 
 #: These change what a tensor is, not what is in its memory (most such operators carry the tag
 #: ``inplace_view``).
@@ -53,6 +33,8 @@ _METADATA_ONLY = frozenset(
         "resize_as_",
         "set_",
         "retain_grad_",
+        "retain_grad",
+        "record_stream",
     }
 )
 
@@ -71,6 +53,9 @@ _DRAW = frozenset(
 
 #: These call a function of the user's, which must not be called twice.
 _CALL_BACK = frozenset({"apply_", "map_", "map2_"})
+
+#: These write to Python lists of tensors, in TorchScript.
+_OF_LISTS = frozenset({"sort"})
 
 _IN_PLACE_OPERATORS = frozenset(
     [
@@ -100,31 +85,54 @@ class Writer:
     Attributes:
         name: its name, ``"add_"`` say.
         written: position and keyword of each argument that it writes to.
-        moves_counter: whether the written tensor's version moves.
+        uncounted: keywords of those whose version does not move.
         calls_back: whether it calls a function of the user's.
         draws: whether it draws random numbers.
+        on_storage: whether it is a method of a storage, and ``name`` its title.
+        collective: whether other processes take part. Only its rehearsal tells whether a version moves.
     """
 
     name: str
     written: tuple[tuple[int, str], ...] = ((0, "self"),)
-    moves_counter: bool = True
+    uncounted: frozenset[str] = frozenset()
     calls_back: bool = False
     draws: bool = False
+    on_storage: bool = False
+    collective: bool = False
+
+    @property
+    def once(self) -> bool:
+        """Whether it must not be made twice: its rehearsal is the call."""
+        return self.calls_back or self.collective
+
+    def refused(self, target: torch.Tensor) -> bool:
+        """Whether PyTorch refuses the call because ``target`` requires grad."""
+        if not target.requires_grad or self.collective:
+            return False
+        return self.calls_back or (target.is_leaf and torch.is_grad_enabled())
 
     @property
     def title(self) -> str:
         """The name as a report shows it."""
+        if self.on_storage:
+            return self.name
         return _TITLES.get(self.name, f"{self.name}()")
 
     def counts(self, target: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the version counter of ``target`` moves in a call with these arguments."""
-        if not self.moves_counter:
-            return False
-        exempt = _ARGUMENTS_NOT_COUNTED.get(self.name)
-        if exempt is None:
+        if not self.uncounted:
             return True
-        rest = replace(self, written=tuple(entry for entry in self.written if entry[1] not in exempt))
+        rest = replace(self, written=tuple(entry for entry in self.written if entry[1] not in self.uncounted))
         return any(other is target for other in rest.targets(args, kwargs))
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether all it writes to are running statistics.
+
+        Batch normalisation saves them even where its backward has no use for them, and the next call changes them:
+        what that does to a save shows when backward reads it.
+        """
+        return self.uncounted == _STATISTICS
 
     def targets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors that a call with these arguments writes to."""
@@ -134,6 +142,8 @@ class Writer:
             found.extend(tensors_in(value))
         return found
 
+
+_STATISTICS = frozenset({"running_mean", "running_var"})
 
 #: The position of an argument that is passed by keyword only.
 _NO_POSITION = 10**6
@@ -159,11 +169,11 @@ _TITLES = {
 
 
 def tensors_in(value: Any) -> Iterable[torch.Tensor]:
-    """The tensors in an argument: itself, or the members of a list or tuple."""
+    """The tensors in an argument: itself, or those anywhere in its lists and tuples."""
     if isinstance(value, torch.Tensor):
         return (value,)
     if isinstance(value, (list, tuple)):
-        return [item for item in value if isinstance(item, torch.Tensor)]
+        return list(all_tensors(value))
     return ()
 
 
@@ -188,32 +198,43 @@ def substituted(value: Any, replicas: Mapping[int, torch.Tensor]) -> Any:
     return items if isinstance(value, list) else tuple(items)
 
 
-def _can_write(name: str) -> bool:
+def is_in_place(name: str) -> bool:
+    """Whether a callable of this name writes to what it is given."""
     return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
+@functools.cache
 def writer_of(name: str) -> Writer | None:
     """What the operator ``name`` writes to; None where it writes to no memory."""
-    if not _can_write(name) or name in _METADATA_ONLY:
+    if name in _METADATA_ONLY or name in _OF_LISTS:
         return None
-    written: dict[int, str] = {}
+    in_place = is_in_place(name)
+    written = dict(_counterless.UNMARKED.get(name, ()))
     draws = name in _DRAW
     for schema in _torch.schemas_of(name):
+        if not in_place and (not schema.is_mutable or schema.overload_name.endswith("out")):
+            continue  # an ``out`` is told by its keyword (OUT)
         for position, argument in enumerate(schema.arguments):
             info = argument.alias_info
-            if info is not None and info.is_write and "Tensor" in str(argument.type):
+            if info is not None and info.is_write and "Tensor" in str(argument.type) and not argument.kwarg_only:
                 written[position] = argument.name
         tags = _tags(name, schema.overload_name)
         if torch.Tag.inplace_view in tags:
             return None
         draws = draws or torch.Tag.nondeterministic_seeded in tags
+    if not written and not in_place:
+        return None
     return Writer(
         name,
         tuple(sorted(written.items())) or ((0, "self"),),
-        moves_counter=name not in _MOVE_NO_COUNTER,
+        uncounted=_uncounted(name),
         calls_back=name in _CALL_BACK,
         draws=draws,
     )
+
+
+def _uncounted(name: str) -> frozenset[str]:
+    return frozenset(_counterless.UNCOUNTED.get(name, ()))
 
 
 def _tags(name: str, overload: str) -> Sequence[Any]:
@@ -230,8 +251,6 @@ def writers_in(namespace: Any, names: Iterable[str]) -> dict[str, tuple[Callable
     """
     found = {}
     for name in names:
-        if not _can_write(name):
-            continue
         function = getattr(namespace, name, None)
         if not callable(function) or (namespace is not torch.Tensor and inspect.isfunction(function)):
             continue
@@ -248,7 +267,10 @@ def writer_of_operator(operator: Any) -> Writer | None:
     # Which overload of a packet will be called is not known, but an ``out`` is told by its keyword (OUT).
     packet = hasattr(operator, "overloads")
     overloads = [getattr(operator, name) for name in operator.overloads()] if packet else [operator]
-    written: dict[str, int] = {}
+    name = str(overloads[0]._schema.name).rpartition("::")[2]
+    if str(overloads[0]._schema.name).partition("::")[0] in _torch.COLLECTIVE_OPERATORS:
+        return _writer_of_collective(overloads[0]._schema)
+    written = {argument: position for position, argument in _counterless.UNMARKED.get(name, ())}
     for overload in overloads:
         for position, argument in enumerate(overload._schema.arguments):
             info = argument.alias_info
@@ -256,12 +278,29 @@ def writer_of_operator(operator: Any) -> Writer | None:
                 written[argument.name] = position
     if not written:
         return None
-    name = str(overloads[0]._schema.name).rpartition("::")[2]
     if name in _METADATA_ONLY or any(torch.Tag.inplace_view in overload.tags for overload in overloads):
         return None
     places = tuple(sorted((position, argument) for argument, position in written.items()))
     draws = any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
-    return Writer(name, places, name not in _MOVE_NO_COUNTER, draws=draws or name in _DRAW)
+    return Writer(name, places, _uncounted(name), draws=draws or name in _DRAW)
+
+
+def _writer_of_collective(schema: Any) -> Writer | None:
+    name = str(schema.name).rpartition("::")[2]
+    written = {
+        position if not argument.kwarg_only else _NO_POSITION: argument.name
+        for position, argument in enumerate(schema.arguments)
+        if name in _RECEIVES_INTO.get(argument.name, ()) or (argument.alias_info and argument.alias_info.is_write)
+    }
+    if not written and name.endswith("_") and "barrier" not in name:
+        written = {0: schema.arguments[0].name}  # torch.ops.c10d: the schemas do not say it
+    if not written:
+        return None
+    return Writer(name, tuple(sorted(written.items())), frozenset(written.values()), collective=True)
+
+
+#: The arguments of functional operators that are written to although the schema does not say it.
+_RECEIVES_INTO = {"tensor": ("irecv",), "tensors": ("batch_p2p_ops",)}
 
 
 #: ``out=``: whatever the function is, this is what it writes to.

@@ -9,30 +9,49 @@ what a call might do. It is paid for only by a call that would otherwise be repo
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-from torchguard import _memory, _places, _torch, _verdict
+from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._overlap import overlaps
+from torchguard._rereads import Reread, note_write, rereads_of, running
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
-from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
+from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer, all_tensors, substituted
 
 #: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
 _TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
 
+#: These free memory that is saved and fill it again before backward reads it. What they write is not judged, but what
+#: backward finds is.
+_REFILLING = ("torch/distributed/fsdp/", "torch\\distributed\\fsdp\\")
+
+
+_REFILL = "FSDP's all-gather of changed shards"
+
+
+def is_refill(frame: Any) -> bool:
+    """Whether a write comes from code that frees saved memory and fills it again, and from no code of the user's."""
+    return _places.reached_through(frame, _REFILLING)
+
 
 class _Done(Exception):
-    """The call has been made already, on its rehearsal; ``args`` hold what it raised, if it did."""
+    """The call has been made already: its rehearsal was the call."""
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        super().__init__()
+        self.rehearsal = rehearsal
 
 
 @dataclass
-class _Hit:
+class Hit:
     """A live save that a write would silently touch, whether a counter moves, how many elements change."""
 
     save: Save
@@ -44,11 +63,16 @@ class _Hit:
 def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
     """Live saves that may lie over the tensor's memory, whatever storage they are in."""
     saves = LEDGER.in_storage(storage)
-    if LEDGER.groups and (LEDGER.foreign or is_foreign(tensor)):
+    if LEDGER.groups and (LEDGER.foreign or is_foreign(tensor := _torch.behind(tensor))):
         extent = extent_of(tensor)
         if extent is not None:
             saves = saves + LEDGER.across_storages(storage, extent)
     return saves
+
+
+#: For each block that will put version counters back: the storages that it is about.
+preserving: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+PRESERVES = "_unsafe_preserve_version_counter()"
 
 
 def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -59,22 +83,38 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     """
     if not LEDGER.any_alive():
         return call(*args, **kwargs)
+    if not _policy.state.guards:
+        _note_thread()
     watched: list[int] = []
-    hits: list[_Hit] = []
+    hits: list[Hit] = []
+    seen: list[Save] = []
     with _torch.no_torch_function():
-        _look(writer, args, kwargs, watched, hits)
+        look(writer, args, kwargs, watched, hits, seen)
+    if hits and writer.keeps_statistics:
+        proven = [_Proven(hit.save) for hit in hits]
+        hits.clear()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            here = _places.user_instruction(sys._getframe(1))
+            for one in proven:
+                one.put_down_to(writer.title, here)
+            proven.clear()
     if hits:
         error = _judge(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
-            if error.args:
-                raise error.args[0]
-            return args[0]
+            rehearsal = error.rehearsal
+            del error
+            if rehearsal.failure is not None:
+                raise rehearsal.failure
+            return rehearsal.with_originals(rehearsal.result)
         if error is not None:
+            seen.clear()
             try:
                 raise error
             finally:
                 del error  # it refers to this frame
-    if not watched and not hits:
+    if not watched and not hits and not seen:
         return call(*args, **kwargs)
     try:
         return call(*args, **kwargs)
@@ -83,11 +123,74 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
             ALIASES.settle(storage)
         for hit in hits:
             hit.save.accept()
+        for save in seen:
+            save.expect_version()
         hits.clear()
+        seen.clear()
 
 
-def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watched: list[int], hits: list[_Hit]) -> None:
-    """Find the storages whose aliases' counters will move, and the saves that a silent write would hit."""
+def _note_thread() -> None:
+    """This thread writes to memory that a guard watches, and has no guard: what it saves itself is not seen."""
+    if torch.is_grad_enabled() and _torch.top_hooks() is None and _torch.hooks_enabled():
+        name = threading.current_thread().name
+        _policy.note_unwatched(f"tensors saved in thread {name!r}, which was there before the guard (writes are seen)")
+
+
+def prove(tensors: Sequence[torch.Tensor]) -> None:
+    """Keep copies of what is saved in the memory of these tensors: the bytes decide, whoever writes."""
+    for tensor in tensors:
+        storage = _memory.storage_of(tensor)
+        for save in saves_near(tensor, storage) if storage else ():
+            if save.remarks is None or not save.remarks.compare:
+                save.keep_proof()
+                save.remark().compare = True
+
+
+def allow_if_intended(save: Save) -> None:
+    """In an ``allow`` block, what a writer has done that the bytes would judge is allowed now."""
+    writer = None if save.remarks is None else save.remarks.writer
+    if _policy.state.reasons and writer is not None:
+        kind, operation, here = writer
+        elements = save.changed_elements
+        _verdict.pronounce(save, kind, operation, aliased=None, written=here, elements=elements, caught="write")
+        save.accept()
+
+
+class _Proven:
+    """A save of which a copy is kept while something runs that may change it."""
+
+    def __init__(self, save: Save) -> None:
+        self.save = save
+        remarks = save.remark()
+        self.was_compared = remarks.compare
+        self.had_proof = remarks.proof is not None
+        save.keep_proof()
+        self.was_intact = save.is_proven
+
+    def put_down_to(self, operation: str, here: _places.Instruction) -> None:
+        """It has run. What it changed, the bytes decide at the read; otherwise the copy goes."""
+        remarks = self.save.remark()
+        if not self.was_intact:
+            return  # by another writer
+        if not self.save.is_proven:
+            remarks.compare = True
+            remarks.writer = ("uncounted", operation, here)
+            allow_if_intended(self.save)
+        elif not self.had_proof:
+            remarks.proof = None
+
+
+def look(
+    writer: Writer,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    watched: list[int],
+    hits: list[Hit],
+    seen: list[Save],
+) -> None:
+    """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
+    version PyTorch does not check and that therefore is to be expected to move.
+    """
     for target in writer.targets(args, kwargs):
         storage = _memory.storage_of(target)
         if not storage:
@@ -98,25 +201,54 @@ def _look(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any], watche
         if storage in ALIASES.by_storage or storage in ALIASES.young:
             ALIASES.sync(storage, saves)
             watched.append(storage)
+        rereads = [save for save in saves if isinstance(save, Reread)]
+        if rereads and not (writer.keeps_statistics and running.depth):  # a checkpoint's function may update its own
+            note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
+        saves = [save for save in saves if not isinstance(save, Reread)]
         counted = writer.counts(target, args, kwargs)
-        hits += [_Hit(save, target, counted) for save in saves if _is_silent(writer, counted, target, save)]
+        preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
+        for save in saves:
+            if not save.checked and not save.tracked:
+                seen.append(save)
+            if not _may_write_to(writer, target, save):
+                continue
+            silent = save.stashed or not (counted and save.shares_counter(target))
+            if silent and save.certain:
+                hits.append(Hit(save, target, counted))
+            elif preserved and save.checked:
+                # The version moves, and will be put back.
+                here = _places.user_instruction(sys._getframe(2))
+                save.let_bytes_decide("uncounted", f"{writer.title} under {PRESERVES}", here)
+            elif not save.checked:
+                kind: Kind = "unchecked" if not silent else ("write" if counted else "uncounted")
+                save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
 
 
-def _is_silent(writer: Writer, counted: bool, target: torch.Tensor, save: Save) -> bool:
-    """Whether the call may write to the save's memory without moving the save's version."""
-    if save.moved:
+def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
+    """Whether the call may write to the save's memory, and PyTorch refuses neither the call nor the save."""
+    if save.moved and not save.stashed:
         return False  # PyTorch refuses this save already
-    if target.requires_grad and (writer.calls_back or (target.is_leaf and torch.is_grad_enabled())):
-        return False  # PyTorch refuses the call
+    if not writer.keeps_statistics and writer.refused(target):
+        return False
+    return _may_overlap(target, save)
+
+
+def _is_touched(target: torch.Tensor, entry: Reread) -> bool:
+    if _may_overlap(target, entry):
+        return True
+    if _memory.shares_counter(target, entry.tensor):
+        entry.keep_proof()  # its version is about to move for nothing
+    return False
+
+
+def _may_overlap(target: torch.Tensor, save: Save) -> bool:
     there = _memory.span_of(target)
     here = _memory.span_of(save.tensor)
-    if there is None or here is None or overlaps(there, here) is False:
-        return False
-    return not (counted and _memory.shares_counter(target, save.tensor))
+    return there is not None and here is not None and overlaps(there, here) is not False
 
 
 def _judge(
-    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[_Hit]
+    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[Hit]
 ) -> Exception | None:
     """Have the hits answered; what the answer raised is returned. What is left in ``hits`` has been answered.
 
@@ -132,29 +264,57 @@ def _judge(
 
 
 def _answer(
-    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[_Hit]
+    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], hits: list[Hit]
 ) -> None:
     frame = sys._getframe(3)
+    if is_refill(frame):
+        if "resize_" in writer.name:  # before the first of these writes, while the saved bytes are still there
+            for hit in hits:
+                hit.save.expect_back(_REFILL)
+        hits.clear()
+        return
     here = _places.user_instruction(frame)
-    rehearsals: dict[int, _Rehearsal] | None = None
+    rehearsal: Rehearsal | None = None
     if not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
-            rehearsals = _rehearse(writer, call, args, kwargs)
-    if rehearsals is None:
+            rehearsal = rehearse(writer, call, args, kwargs)
+    if rehearsal is None:
         for hit in hits:
             hit.save.let_bytes_decide("write" if hit.counted else "uncounted", writer.title, here)
         hits.clear()
         return
+    for hit in hits:
+        if hit.save.stashed:
+            hit.save.let_bytes_decide("stashed", writer.title, here)
+    hits[:] = [hit for hit in hits if not hit.save.stashed]
+    pronounce(writer, rehearsal, hits, here)
+    if writer.once and rehearsal.replicas:
+        rehearsal.put_down()
+        for hit in hits:
+            hit.save.accept()
+        raise _Done(rehearsal)
+
+
+def pronounce(writer: Writer, rehearsal: Rehearsal, hits: list[Hit], here: _places.Instruction) -> None:
+    """Have those hits answered whose saves the call would silently change; only they are left in ``hits``."""
+    masks: dict[int, torch.Tensor] = {}
     with _torch.hidden():
         for hit in hits:
             span = _memory.span_of(hit.save.tensor)
-            rehearsal = rehearsals[id(hit.target)]
+            if id(hit.target) not in masks:
+                masks[id(hit.target)] = rehearsal.changed_bytes(hit.target)
             if span is not None:
-                hit.elements = _memory.touched_elements(rehearsal.mask, rehearsal.address, span)
+                hit.elements = _memory.touched_elements(masks[id(hit.target)], _address(hit.target), span)
     hits[:] = [hit for hit in hits if hit.elements]
-    for hit in hits:
+    for hit in list(hits):
         shared = not hit.counted and _memory.shares_counter(hit.target, hit.save.tensor)
+        if shared and rehearsal.moves(hit.target):
+            # PyTorch refuses the save, unless somebody puts the version back: then the bytes decide.
+            hit.save.let_bytes_decide("uncounted", writer.title, here)
+            hits.remove(hit)
+    for hit in hits:
+        shared = not hit.counted and (writer.on_storage or hit.save.shares_counter(hit.target))
         _verdict.pronounce(
             hit.save,
             "uncounted" if shared else "write",
@@ -164,60 +324,70 @@ def _answer(
             elements=hit.elements,
             caught="write",
         )
-    if writer.calls_back:
-        # The user's function has run, on the copy: put down what it made instead of running it again.
-        with _torch.hidden():
-            for target in writer.targets(args, kwargs):
-                replica = rehearsals[id(target)].replica
-                if replica is None:
-                    return
-                _memory.overwrite(target, replica)
-        for hit in hits:
-            hit.save.accept()
-        raise _Done(*[rehearsal.failure for rehearsal in rehearsals.values() if rehearsal.failure is not None])
 
 
-@dataclass
-class _Rehearsal:
-    """What a call did to a copy of the memory of one of its targets.
+class Rehearsal:
+    """A call on a copy of the memory that it writes to.
 
     Attributes:
-        mask: which bytes of the target's memory, from first to last, it changes.
-        address: where the first of these bytes lies.
-        replica: the target's copy, after the call; None where it was not rehearsed.
-        failure: what the user's function raised, where the call calls one.
+        targets: the tensors that it writes to.
+        replicas: for each of them, by its id, the copy; empty where there can be no such tensor.
+        result: what the call returned.
+        failure: what it raised half-way, where it is not to be made again.
     """
 
-    mask: torch.Tensor
-    address: int
-    replica: torch.Tensor | None = None
-    failure: Exception | None = None
+    def __init__(self, targets: Sequence[torch.Tensor], replicas: dict[int, torch.Tensor]) -> None:
+        self.targets = targets
+        self.replicas = replicas
+        self.result: Any = None
+        self.failure: Exception | None = None
+        self._versions = {key: _memory.version_of(replica) for key, replica in replicas.items()}
+
+    def changed_bytes(self, target: torch.Tensor) -> torch.Tensor:
+        """Which bytes of the target's memory, from first to last, the call changes."""
+        replica = self.replicas.get(id(target))
+        # Without a copy, every element that the call is given.
+        return _memory.reach(target) if replica is None else _memory.changed_bytes(target, replica)
+
+    def moves(self, target: torch.Tensor) -> int:
+        """By how much the call moves the target's version, where only the rehearsal tells."""
+        replica = self.replicas.get(id(target))
+        return 0 if replica is None else _memory.version_of(replica) - self._versions[id(target)]
+
+    def put_down(self) -> None:
+        """Put what the call made into place."""
+        with _torch.hidden():
+            for target in {id(target): target for target in self.targets}.values():
+                _memory.overwrite(target, self.replicas[id(target)])
+                for _ in range(self.moves(target)):
+                    torch.autograd.graph.increment_version(target)
+
+    def with_originals(self, value: Any) -> Any:
+        """The same value, with the targets in the place of their copies."""
+        return substituted(value, {id(self.replicas[id(target)]): target for target in self.targets})
 
 
-def _rehearse(
-    writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[int, _Rehearsal]:
-    """What the call changes, for each tensor that it writes to (by id)."""
+def rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rehearsal:
+    """Make the call on copies of what it writes to."""
     targets = writer.targets(args, kwargs)
-    generator = kwargs.get("generator")
-    with _torch.hidden(), _memory.same_random_numbers(targets if writer.draws else (), generator):
-        if any(target.is_conj() or target.is_neg() or target.is_quantized for target in targets):
-            # The copy would not be such a tensor: count every element that the call is given.
-            return {id(target): _Rehearsal(_memory.reach(target), _address(target)) for target in targets}
+    with _torch.hidden():
+        if not _memory.can_be_copied(targets):
+            return Rehearsal(targets, {})
         replicas = _memory.replicas_of(targets, all_tensors([*args, *kwargs.values()]))
-        failure: Exception | None = None
+        rehearsal = Rehearsal(targets, replicas)
+        args = [substituted(value, replicas) for value in args]
+        kwargs = {name: substituted(value, replicas) for name, value in kwargs.items()}
+    if writer.collective:  # it is the call: whoever watches calls is to see it
+        rehearsal.result = call(*args, **kwargs)
+        return rehearsal
+    with _memory.same_random_numbers(targets if writer.draws else (), kwargs.get("generator")), _torch.rehearsing():
         try:
-            call(*substituted(args, replicas), **{name: substituted(kwargs[name], replicas) for name in kwargs})
+            rehearsal.result = call(*args, **kwargs)
         except Exception as error:
-            if not writer.calls_back:
+            if not writer.once:
                 raise
-            failure = error  # the user's function raised, half-way: so far the memory is written
-        return {
-            id(target): _Rehearsal(
-                _memory.changed_bytes(target, replicas[id(target)]), _address(target), replicas[id(target)], failure
-            )
-            for target in targets
-        }
+            rehearsal.failure = error  # the user's function raised, half-way: so far the memory is written
+    return rehearsal
 
 
 def _address(target: torch.Tensor) -> int:
@@ -238,19 +408,27 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
         SavedTensorCorruptionError: by the innermost guard, before anything has changed.
     """
     saves = saves_of(tensor)
+    undecided: list[Save] = []
+    rereads = rereads_of(tensor)
     frame = sys._getframe(1)
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
-        error = None if _same(tensor, value) else _judge_rebinding(tensor, saves)
+        error = None if _same(tensor, value) else _judge_rebinding(saves, undecided)
         if error is not None:
             try:
                 raise error
             finally:
                 del error  # it refers to this frame
     ALIASES.forget(tensor)  # of the memory that it leaves
+    note_write(rereads, _REBINDING)
     setter(tensor, value)
     for save in saves:  # what backward will read lies elsewhere now
         save.accept()
+    for save in undecided:
+        save.follow()
     saves.clear()
+    undecided.clear()
+    for entry in rereads:
+        entry.follow()
     if isinstance(value, torch.Tensor) and type(value) in _memory.PLAIN_TYPES:
         here = _places.user_instruction(frame)
         for alias in (value, tensor):  # the same memory, two counters
@@ -260,17 +438,26 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
 def saves_of(tensor: torch.Tensor) -> list[Save]:
     """The live saves that hold this very tensor."""
     storage = _memory.storage_of(tensor)
-    return [save for save in LEDGER.in_storage(storage) if save.tensor is tensor] if storage else []
+    found = LEDGER.in_storage(storage) if storage else []
+    return [
+        save
+        for save in found
+        if save.certain and not isinstance(save, Reread) and any(one is tensor for one in _torch.levels_of(save.tensor))
+    ]
 
 
-def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | None:
+def _judge_rebinding(saves: list[Save], undecided: list[Save]) -> Exception | None:
+    """Have the saves answered; those that the bytes decide about later are moved over to ``undecided``."""
     frame = sys._getframe(2)
+    if is_refill(frame):
+        return None
     here = _places.user_instruction(frame)
     trusted = _places.called_from(frame, _TRUSTED_FILES)
     try:
         for save in saves:
-            if trusted:
+            if trusted or save.stashed:
                 save.let_bytes_decide("rebind", _REBINDING, here)
+                undecided.append(save)
             elif not save.moved:
                 elements = save.tensor.numel()
                 _verdict.pronounce(
@@ -278,7 +465,9 @@ def _judge_rebinding(tensor: torch.Tensor, saves: list[Save]) -> Exception | Non
                 )
     except (SavedTensorCorruptionError, SavedTensorCorruptionWarning) as error:
         saves.clear()
+        undecided.clear()
         return error.with_traceback(None)
+    saves[:] = [save for save in saves if not any(save is other for other in undecided)]
     return None
 
 
@@ -288,7 +477,9 @@ _REBINDING = "x.data = y"
 def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: torch.Tensor) -> bool:
     try:
         with _torch.hidden():
-            setter(tensor.detach(), value)
+            copy = _torch.wrapped_like(tensor, _torch.behind(tensor).detach())
+        with _torch.rehearsing():
+            setter(copy, value)
     except (RuntimeError, TypeError):
         return False  # PyTorch refuses it, and says so itself in a moment
     return True
@@ -297,6 +488,7 @@ def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, 
 def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether backward would see the same values in ``value``."""
     with _torch.hidden():
+        tensor, value = _torch.behind(tensor), _torch.behind(value)
         if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
             return False
         if (span := _memory.span_of(tensor)) is not None and span == _memory.span_of(value):
@@ -322,4 +514,4 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0
 
 def detached_in_place(tensor: torch.Tensor) -> list[Save]:
     """The saves that hold ``tensor`` as a non-leaf input: detached in place, PyTorch refuses them."""
-    return [] if tensor.is_leaf else saves_of(tensor)
+    return [] if tensor.is_leaf else [save for save in saves_of(tensor) if save.checked]

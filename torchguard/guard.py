@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
 import warnings
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
-from torchguard import _hooks, _intercept, _policy, _reads
+from torchguard import _config, _hooks, _intercept, _policy, _reads, _suppressions
 from torchguard._findings import Findings
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
 
@@ -19,6 +21,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 Action = Literal["raise", "warn", "record"]
 
 _ACTIONS = ("raise", "warn", "record")
+
+Suppressions = _suppressions.Suppressions | str | os.PathLike[str] | Iterable[str] | None
 
 
 class _Block:
@@ -101,9 +105,10 @@ class Guard(_Block):
         depth: ``"saves"``: every tensor that autograd saves is known.
         every_call: also see calls that no patch sees (``out=``, ``torch.ops``, functions bound before the
             guard), at the cost of about a microsecond for every torch call.
+        suppressions: violations to live with: path of a file, or lines ``GLOB[:LINE|:FUNCTION] [KIND] -- REASON``.
 
     Raises:
-        ValueError: for an action, a moment or a depth that does not exist.
+        ValueError: for an action, a moment or a depth that does not exist, or a suppression that cannot be read.
     """
 
     def __init__(
@@ -112,9 +117,10 @@ class Guard(_Block):
         at: Literal["write"] = "write",
         depth: Literal["saves"] = "saves",
         every_call: bool = False,
+        suppressions: Suppressions = None,
     ) -> None:
         _check("action", action, _ACTIONS)
-        _check("at", at, ("write",))
+        _check("at", at, _config.MOMENTS)
         _check("depth", depth, ("saves",))
         if not isinstance(every_call, bool):
             raise TypeError(f"torchguard: every_call is True or False, not {every_call!r}")
@@ -122,9 +128,17 @@ class Guard(_Block):
         self.at = at
         self.depth = depth
         self.every_call = every_call
+        self.suppressions, problems = _suppressions.read(suppressions, "suppressions")
+        if problems:
+            raise ValueError(f"torchguard: {problems[0]}")
         self.findings = Findings()
+        #: Told of every violation, and whether its site is new, before it is answered. Must not raise.
+        self.listener: Callable[[Violation, bool], None] | None = None
+        #: How many sites to warn of; None for all.
+        self.max_reports: int | None = None
+        self._warned = 0
         self._state: Literal["new", "entered", "left"] = "new"
-        self._pair: Any = None
+        self._pairs: list[tuple[Any, int]] = []
         self._sees_every_call = False
         self._thread = 0
 
@@ -132,13 +146,20 @@ class Guard(_Block):
         return f"<torchguard.Guard action={self.action!r}, {self._state}, {len(self.violations)} violations>"
 
     def _fresh(self) -> Guard:
-        guard = Guard(self.action, self.at, self.depth, self.every_call)
+        guard = Guard(self.action, self.at, self.depth, self.every_call, self.suppressions)
         guard.findings = self.findings  # what the calls of a decorated function find, the decorator knows
         return guard
 
     # ---- entering and leaving
 
     def __enter__(self) -> Guard:
+        return self._enter(everywhere=False)
+
+    def enter_everywhere(self) -> Guard:
+        """Enter, for all threads of the process; leave with :meth:`leave`. (Called by torchguard.)"""
+        return self._enter(everywhere=True)
+
+    def _enter(self, everywhere: bool) -> Guard:
         if self._state != "new":
             what = "is entered already" if self._state == "entered" else "has been used"
             raise RuntimeError(
@@ -147,8 +168,11 @@ class Guard(_Block):
         self._thread = threading.get_ident()
         _intercept.install()
         try:
-            _policy.enter(self)
-            self._pair = _hooks.push()
+            _policy.enter(self, everywhere)
+            if everywhere:
+                self.cover_this_thread()
+            else:
+                self._pairs.append((_hooks.push(), self._thread))
             if self.every_call:
                 _intercept.see_every_call()
                 self._sees_every_call = True
@@ -161,6 +185,14 @@ class Guard(_Block):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.leave()
+
+    def cover_this_thread(self) -> None:
+        """Watch what this thread saves, from now on. (Called by torchguard.)"""
+        self._pairs.append((_hooks.push(), threading.get_ident()))
+
+    def leave(self) -> None:
+        """Leave, as at the end of the block."""
         if self._state != "entered":
             raise RuntimeError("torchguard: this guard is not entered")
         self._state = "left"
@@ -172,12 +204,12 @@ class Guard(_Block):
         if self._sees_every_call and self._thread == threading.get_ident():
             _intercept.see_patched_calls()
             self._sees_every_call = False
-        if self._pair is not None:
-            if self._thread == threading.get_ident():
-                _hooks.remove(self._pair)
+        while self._pairs:
+            pair, thread = self._pairs.pop()
+            if thread == threading.get_ident():
+                _hooks.remove(pair)
             else:
-                _hooks.abandon(self._pair, self._thread)
-            self._pair = None
+                _hooks.abandon(pair, thread)
         _policy.leave(self)
         _intercept.uninstall()
 
@@ -202,10 +234,18 @@ class Guard(_Block):
 
     def respond(self, violation: Violation) -> None:
         """Raise, warn or record. (Called by torchguard.)"""
+        reason = self.suppressions.reason_for(violation)
+        if reason is not None:
+            violation = replace(violation, allowed=reason)
         new = self.findings.keep(violation)
+        if self.listener is not None:
+            self.listener(violation, new)
+        if reason is not None:
+            return
         if self.action == "raise":
             raise SavedTensorCorruptionError(violation)
-        if self.action == "warn" and new:
+        if self.action == "warn" and new and (self.max_reports is None or self._warned < self.max_reports):
+            self._warned += 1
             place = violation.written
             warnings.warn_explicit(
                 SavedTensorCorruptionWarning(str(violation)),
@@ -216,7 +256,9 @@ class Guard(_Block):
 
     def record_allowed(self, violation: Violation) -> None:
         """Keep a violation that is allowed. (Called by torchguard.)"""
-        self.findings.keep(violation)
+        new = self.findings.keep(violation)
+        if self.listener is not None:
+            self.listener(violation, new)
 
     def note_unwatched(self, what: str) -> None:
         """Keep what is out of sight. (Called by torchguard.)"""
@@ -228,25 +270,27 @@ def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"torchguard: {name} is one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
-def strict(*, at: Literal["write"] = "write", every_call: bool = False) -> Guard:
+def strict(*, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Raise :class:`SavedTensorCorruptionError` at the line that corrupts, before any memory changes.
 
     Args:
         at: when to judge, see :class:`Guard`.
         every_call: see :class:`Guard`.
+        suppressions: see :class:`Guard`.
     """
-    return Guard("raise", at, every_call=every_call)
+    return Guard("raise", at, every_call=every_call, suppressions=suppressions)
 
 
-def warn(*, at: Literal["write"] = "write", every_call: bool = False) -> Guard:
+def warn(*, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Warn with :class:`SavedTensorCorruptionWarning`, once a site; results are those of the unguarded
     program.
 
     Args:
         at: when to judge, see :class:`Guard`.
         every_call: see :class:`Guard`.
+        suppressions: see :class:`Guard`.
     """
-    return Guard("warn", at, every_call=every_call)
+    return Guard("warn", at, every_call=every_call, suppressions=suppressions)
 
 
 _NEEDS_REASON = 'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
@@ -286,3 +330,7 @@ class allow(_Block):
             if reasons[i] is self.reason:
                 del reasons[i]
                 break
+
+
+while _policy.waiting:
+    _policy.waiting.pop()()

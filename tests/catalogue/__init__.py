@@ -6,15 +6,37 @@ Each module holds the routes of one family; what a program is, and how it is jud
 from catalogue import textbook  # isort: skip - the four textbook programs come first
 from harness import PROGRAMS
 
-from catalogue import aliases, graphs, methods, models, rebinding, training, unseen
+from catalogue import (
+    aliases,
+    compiled,
+    counterless,
+    exports,
+    functorch,
+    graphs,
+    hooked,
+    methods,
+    models,
+    rebinding,
+    recompute,
+    storages,
+    training,
+    unseen,
+)
 
 __all__ = [
     "PROGRAMS",
     "aliases",
+    "compiled",
+    "counterless",
+    "exports",
+    "functorch",
     "graphs",
+    "hooked",
     "methods",
     "models",
     "rebinding",
+    "recompute",
+    "storages",
     "textbook",
     "training",
     "unseen",

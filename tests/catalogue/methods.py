@@ -810,7 +810,7 @@ def foreach_reads_another_part_of_what_it_writes(run: Run) -> Any:
     return [w.grad]
 
 
-@program(route="foreach", kind="innocent", twin_of="foreach_reads_its_writes_through_a_view")
+@program(route="foreach", kind="innocent", twin_of="foreach_doubles_twice_through_two_views")
 def foreach_adds_and_takes_away_through_two_views(run: Run) -> Any:
     """Each of the two changes the save, and both together do not."""
     w, x = run.leaf(), _ones(3, 4)

@@ -1,0 +1,171 @@
+"""What does a function that torch.compile made keep for its backward, where save hooks and PyTorch's own check miss it?
+
+AOTAutograd runs a region as one custom Function. What it gives to ``save_for_backward`` comes to the save hooks. What
+a Function of the user's had stashed on its ``ctx`` it stashes as well, in an attribute, unchecked: that attribute is a
+descriptor while a guard is on, which makes saves of what is put there and examines them when backward fetches it.
+
+And inductor rebuilds a view of an input with a version counter of its own (PyTorch issue 197887): writes to the input
+that autograd tracks pass such a save by. So an input that shares the memory of a save and not its counter is entered
+as an alias.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from torchguard import _memory, _places, _policy, _torch
+from torchguard._aliases import ALIASES
+from torchguard._reads import examine_stashed
+from torchguard._saves import Save, make_pack
+from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
+from torchguard._writers import is_in_place
+from torchguard._writes import saves_near
+
+_record = make_pack()
+
+#: The attribute of a compiled function's ``ctx``, and the frames between it and what the function was called with.
+STASH = "_tensors_no_vc_check"
+_FRAMES = 6
+_ARGUMENTS = ("args", "deduped_flat_tensor_args")
+
+
+class _Stash(list[Any]):
+    """The tensors that a compiled function stashed, and the saves that stand for them."""
+
+    saves: tuple[Save, ...] = ()
+
+
+class StashAttribute:
+    """``ctx._tensors_no_vc_check`` of the Functions that AOTAutograd makes."""
+
+    def __get__(self, ctx: Any, owner: Any = None) -> Any:
+        if ctx is None:
+            return self
+        try:
+            stash = vars(ctx)[STASH]
+        except KeyError:
+            raise AttributeError(STASH) from None
+        for save in getattr(stash, "saves", ()):
+            examine_stashed(save)
+        return stash
+
+    def __set__(self, ctx: Any, tensors: Any) -> None:
+        vars(ctx)[STASH] = tensors
+        if _policy.innermost() is None or _torch.tracing():
+            return
+        with _torch.no_torch_function():
+            _watch_inputs([*_torch.about_to_save(ctx), *tensors], list(_inputs()))
+            if tensors:
+                stash = _Stash(tensors)
+                stash.saves = tuple(_save_of(tensor) for tensor in tensors)
+                vars(ctx)[STASH] = stash
+
+
+def _save_of(tensor: torch.Tensor) -> Save:
+    save = _record(tensor)
+    save.tensor, save.node, save.version = tensor, None, _memory.version_of(tensor)
+    save.remark().stashed = True
+    return save
+
+
+def _inputs() -> Iterator[torch.Tensor]:
+    """What the compiled function was called with."""
+    frame = sys._getframe(2)
+    for _ in range(_FRAMES):
+        for name in _ARGUMENTS:
+            given = frame.f_locals.get(name)
+            if isinstance(given, (list, tuple)):
+                yield from (item for item in given if isinstance(item, torch.Tensor))
+                return
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+
+
+def _watch_inputs(kept: list[Any], inputs: list[torch.Tensor]) -> None:
+    by_storage: dict[int, list[torch.Tensor]] = {}
+    for tensor in inputs:
+        by_storage.setdefault(_memory.storage_of(tensor), []).append(tensor)
+    by_storage.pop(0, None)
+    for tensor in kept:
+        storage = _memory.storage_of(tensor) if isinstance(tensor, torch.Tensor) else 0
+        for given in by_storage.get(storage, ()):
+            known = any(record() is given for record in ALIASES.by_storage.get(storage, ()))
+            if not known and not _memory.shares_counter(given, tensor):
+                ALIASES.enter(given, storage, None, _memory.version_of(given)).arm(given)
+
+
+# ---- regions that write through .data ------------------------------------------------------------------------------
+
+
+def compile_region(original: Any, graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``OutputGraph.call_user_compiler``: what is compiled remembers its graph if that may write through ``.data``."""
+    module = _torch.graph_of(args, kwargs)
+    kept = None
+    if module is not None and _may_write_through_data(module):
+        kept = _torch.copy_of_graph(module)  # a backend may rewrite the graph that it is given
+    compiled = original(*args, **kwargs)
+    if kept is None or compiled is module or getattr(compiled, "__self__", None) is module:
+        return compiled  # run as it stands, call by call, it is seen as any other code
+    return _rehearsed(kept, compiled)
+
+
+def _may_write_through_data(module: Any) -> bool:
+    takes_data = writes = False
+    for node in module.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            takes_data = takes_data or name == "_get_data_attr"
+            writes = writes or is_in_place(name) or "out" in node.kwargs
+    return takes_data and writes
+
+
+def _rehearsed(module: Any, compiled: Any) -> Any:
+    """``compiled``, and before each call its graph, call by call, on copies: there its writes meet its saves."""
+
+    def run(*args: Any) -> Any:
+        if _policy.innermost() is not None and not _torch.tracing():
+            try:
+                _rehearse(module, args)
+            except (SavedTensorCorruptionError, SavedTensorCorruptionWarning) as error:
+                raise error.with_traceback(None) from None  # without the frames that hold the rehearsal's saves
+        return compiled(*args)
+
+    return run
+
+
+def _rehearse(module: Any, args: tuple[Any, ...]) -> None:
+    given = [value for value in args if isinstance(value, torch.Tensor)]
+    here = _places.user_instruction(sys._getframe(2))
+    with _torch.no_torch_function():
+        # What it writes to from outside, hidden from autograd, may be somebody else's save.
+        for tensor in given:
+            for save in saves_near(tensor, _memory.storage_of(tensor)):
+                save.let_bytes_decide("write", "a region under torch.compile", here)
+    if not torch.is_grad_enabled():
+        return
+    if _torch.has_unknown_operators(module):
+        _policy.note_unwatched(
+            "what a region under torch.compile writes through .data to its own saves: it calls operators that are not "
+            "torch's, which must not be called once more"
+        )
+        return
+    with _torch.hidden():
+        copies = _memory.replicas_of([tensor for tensor in given if _memory.span_of(tensor) is not None])
+        for tensor in given:
+            if tensor.requires_grad and id(tensor) in copies:
+                copy = copies[id(tensor)].requires_grad_()
+                with torch.enable_grad():
+                    copies[id(tensor)] = copy if tensor.is_leaf else copy.clone()  # a leaf must not be written to
+    arguments = [copies.get(id(value), value) for value in args]
+    with _memory.same_random_numbers(given, None):
+        try:
+            module(*arguments)
+        except (SavedTensorCorruptionError, SavedTensorCorruptionWarning):
+            raise
+        except Exception:
+            return  # the compiled one will say so itself
