@@ -48,7 +48,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_model": set(),
     "_overlap": {"_model"},
     "_places": {"_model"},
-    "_plain_report": {"_violation"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
@@ -62,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_refusal": {"_torch"},
     "_replay": {"_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
     "_report": {"_report._merging", "_report._records", "_report._writer"},
-    "_report._files": {"_report._page", "_report._records", "_report._sarif"},
+    "_report._files": {"_config", "_report._page", "_report._records", "_report._sarif"},
     "_report._highlight": set(),
     "_report._merging": {"_report._files", "_report._records"},
     "_report._page": {"_report._highlight", "_report._records"},
@@ -76,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
     "_suppressions": {"_violation"},
-    "_switch": {"_config", "_findings", "_plain_report", "_policy", "_suppressions", "_violation", "guard"},
+    "_switch": {"_config", "_findings", "_policy", "_report", "_suppressions", "_violation", "guard"},
     "_torch": set(),
     "_tracebacks": {"_violation"},
     "_verdict": {"_memory", "_places", "_policy", "_saves", "_torch", "_violation"},
@@ -87,9 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_violation", "_writers",
     },
     "guard": {"_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_suppressions", "_violation"},
-    "pytest_plugin": {
-        "_config", "_model", "_plain_report", "_suppressions", "_switch", "_tracebacks", "_violation", "guard",
-    },
+    "pytest_plugin": {"_config", "_model", "_report", "_suppressions", "_switch", "_tracebacks", "_violation", "guard"},
 }  # fmt: skip
 
 #: These know plain values only: they are tested without a tensor.

@@ -6,15 +6,18 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from outside import environment, python
 from report_samples import SOURCE, violation, written
 
-from torchguard._report import Report, ReportError, merge, merge_command, open_report
+from torchguard._report import Report, ReportError, merge, open_report
+from torchguard._report._merging import main
 
 HERE = Path(__file__).parent
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -46,7 +49,7 @@ def test_each_rank_writes_its_own_file_and_the_name_says_whose(monkeypatch: pyte
     assert len(set(paths)) == 3
     for rank, path in enumerate(paths):
         stem, said_rank, host, pid, suffix = Path(path).name.split(".")
-        assert (stem, said_rank, pid, suffix) == ("r", f"rank{rank}", str(os.getpid()), "jsonl")
+        assert (stem, said_rank, pid, suffix) == ("r", f"rank{rank}", f"pid{os.getpid()}", "jsonl")
         assert host
 
 
@@ -103,67 +106,76 @@ def test_merging_is_a_join(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- ranks that die
 
 RANK = """
-import os, signal, sys, datetime
+import datetime, os, sys, time
 import torch, torch.distributed as dist
-import torchguard
-from torchguard._report import open_report
 
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=size,
-                        timeout=datetime.timedelta(seconds=20))
-writer = open_report(sys.argv[1])
-
-class Reporting(torchguard.Guard):
-    def respond(self, violation):
-        writer.add(violation)
-        super().respond(violation)
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2,
+                        timeout=datetime.timedelta(seconds=30))
 
 def step():
     y = torch.sigmoid(torch.ones(4, requires_grad=True))
     y.data.zero_()
 
-with Reporting("record"):
-    step()
+def of_rank_1():
+    y = torch.exp(torch.ones(3, requires_grad=True))
+    y.data.fill_(2)
+
+step()
+dist.barrier()
+if rank == 1:
+    of_rank_1()
+    print("killed here", flush=True)
+    time.sleep(60)
+try:
     dist.barrier()
-    if rank == 1:
-        y = torch.exp(torch.ones(3, requires_grad=True))
-        y.data.fill_(2)
-        os.write(writer._descriptor, b'{"record": "violation", "site": "ab')
-        os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        dist.barrier()
-    except RuntimeError:
-        pass
-    step()
-writer.close()
+except RuntimeError:
+    print("lost the other rank", flush=True)
+step()
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_a_rank_that_is_killed_half_way_loses_nothing(tmp_path: Path) -> None:
-    """Two real ranks; one kills itself while it writes a line."""
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize("name", ["r.jsonl", "r.html"])
+def test_a_rank_that_is_killed_half_way_loses_nothing(tmp_path: Path, name: str) -> None:
+    """Two real ranks; one is killed from outside while it waits in the middle of a step."""
     (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "rank.py", str(tmp_path / "r.jsonl"), str(tmp_path / "meet")]
-    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}, cwd=tmp_path) for rank in range(2)]
+    command = [sys.executable, "-m", "torchguard", "--mode", "warn", "--report", name, "--exitcode", "0"]
+    command += ["rank.py", str(tmp_path / "meet")]
+    ranks = [
+        subprocess.Popen(
+            command, env=environment(RANK=str(rank), WORLD_SIZE="2"), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
     try:
-        assert [rank.wait(120) for rank in ranks] == [0, -9]
+        assert ranks[1].stdout is not None
+        assert ranks[1].stdout.readline() == "killed here\n"
+        ranks[1].kill()
+        told, _ = ranks[0].communicate(timeout=100)
+        assert (ranks[0].returncode, ranks[1].wait(10), told) == (0, -9, "lost the other rank\n")
     finally:
         for rank in ranks:
             rank.kill()
-    files = sorted(tmp_path.glob("r.rank*.jsonl"))
-    assert len(files) == 2
-    report = merge(files, tmp_path / "all.html")
+            rank.communicate()
+    zeroth, first = sorted(tmp_path.glob("r.rank*"))
+    assert zeroth.suffix == Path(name).suffix
+    assert (first.suffix, first.name.startswith("r.rank1.")) == (".jsonl", True)
+    with first.open("ab") as file:
+        file.write(b'{"record": "violation", "site": "ab')  # as if it had been killed in the middle of a line
+    report = merge([zeroth, first], tmp_path / "all.html")
     zero, fill = report.findings
     assert (report.ranks(zero), zero.times) == ([0, 1], 3)
     assert (report.ranks(fill), fill.times) == ([1], 1)
     cut, unfinished = report.told()
-    assert cut == f"{files[1]}: the last line is cut off, its process was killed while it wrote it"
+    assert cut == f"{first}: the last line is cut off, its process was killed while it wrote it"
     assert unfinished.startswith(
         "1 process did not close the report (killed, or running still), so counts may be too low: rank 1"
     )
     assert "the last line is cut off" in (tmp_path / "all.html").read_text()
+    if name == "r.html":
+        (forgotten, *_) = merge([zeroth], tmp_path / "half.txt").told()
+        assert forgotten == f"{first} was left by a process that did not end; it is not in this report: name it, too"
 
 
 def test_a_report_cut_off_anywhere_keeps_every_whole_line() -> None:
@@ -208,19 +220,74 @@ def test_a_damaged_report_is_read_or_refused_and_never_a_traceback(suffix: str) 
     assert outcomes - {"refused in 1 line"} == {"read"}
 
 
+# ---- names
+
+NAMES = [
+    # asked for, rank, child, restarted, name
+    ("r.jsonl", None, False, False, "r.jsonl"),
+    ("r.jsonl", None, True, False, "r.H.pidP.jsonl"),
+    ("r.jsonl", None, False, True, "r.H.pidP.jsonl"),
+    ("r.jsonl", 1, False, False, "r.rank1.H.pidP.jsonl"),
+    ("r.jsonl", 1, True, False, "r.rank1.H.pidP.jsonl"),
+    ("%r.jsonl", 1, False, False, "1.jsonl"),
+    ("%r.jsonl", 1, True, False, "1.H.pidP.jsonl"),
+    ("%r.jsonl", 1, False, True, "1.H.pidP.jsonl"),
+    ("%r.jsonl", None, False, False, "0.jsonl"),
+    ("r.%p.jsonl", None, True, False, "r.P.jsonl"),
+    ("r.%p.jsonl", 1, False, False, "r.P.rank1.jsonl"),
+    ("%h/r.jsonl", 1, False, False, "H/r.rank1.pidP.jsonl"),
+    ("%h-%r-%p.jsonl", 1, True, True, "H-1-P.jsonl"),
+    ("100%.jsonl", None, False, False, "100%.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("asked", "rank", "child", "restarted", "name"), NAMES)
+def test_no_two_processes_have_one_name(
+    monkeypatch: pytest.MonkeyPatch, asked: str, rank: int | None, child: bool, restarted: bool, name: str
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    if restarted:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    if child:
+        monkeypatch.setenv("TORCHGUARD_REPORT_TAKEN", f"{rank}:{os.path.abspath(asked)}")
+        monkeypatch.setenv("TORCHGUARD_REPORT_TAKEN_BY", str(os.getppid()))
+    host = re.sub(r"[^\w-]", "_", socket.gethostname().split(".")[0])
+    expected = re.sub(r"\bH\b", host, name).replace("pidP", f"pid{os.getpid()}")
+    expected = re.sub(r"\bP\b", str(os.getpid()), expected)
+    with open_report(asked) as writer:
+        assert writer.path == ("" if child else os.path.abspath(expected)), (
+            "a child that has nothing to tell has no file"
+        )
+        writer.add(violation())
+        assert writer.path == os.path.abspath(expected)
+        assert Path(writer.path).exists()
+
+
+def test_a_job_started_by_slurm_or_mpi_has_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, size in (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+        with monkeypatch.context() as patched:
+            patched.setenv(rank, "3")
+            patched.setenv(size, "4")
+            assert ".rank3." in Path(written(Path("r.jsonl"), violation()).path).name
+            patched.setenv(size, "1")
+            assert Path(written(Path("r.jsonl"), violation()).path).name == "r.jsonl"
+
+
 # ---- the command
 
 
 def test_the_command_tells_what_it_made(capsys: pytest.CaptureFixture[str]) -> None:
     written(Path("r.jsonl"), violation(), times=3)
-    assert merge_command(["r.jsonl", "-o", "all.html"]) == 0
+    assert main(["r.jsonl", "-o", "all.html"]) == 0
     assert capsys.readouterr().out == "torchguard: all.html: 1 site, 3 hits, in 1 process\n"
 
 
 def test_an_open_report_is_merged_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     writer = open_report("r.jsonl")
     writer.add(violation())
-    assert merge_command(["r.jsonl", "-o", "all.json"]) == 0
+    assert main(["r.jsonl", "-o", "all.json"]) == 0
     assert "did not close the report" in capsys.readouterr().err
     writer.close()
 
@@ -244,28 +311,52 @@ def test_what_is_no_report_is_one_clear_line(
     if content is not None:
         Path(name).write_text(content)
     written(Path("good.jsonl"), violation())
-    assert merge_command(["good.jsonl", name, "-o", "all.html"]) == 2
+    assert main(["good.jsonl", name, "-o", "all.html"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"torchguard: {told}")
     assert error.count("\n") == 1
     assert not Path("all.html").exists()
 
 
+def test_a_glob_that_no_shell_has_seen_to_is_seen_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(2):
+        write_as_rank(monkeypatch, rank)
+    assert main(["r.rank*.jsonl", "-o", "all.jsonl"]) == 0
+    assert capsys.readouterr().out == "torchguard: all.jsonl: 1 site, 2 hits, in 2 processes\n"
+    assert main(["*.jsonl", "-o", "all.jsonl"]) == 0, "with its own result among the files"
+    assert capsys.readouterr().out == "torchguard: all.jsonl: 1 site, 2 hits, in 2 processes\n"
+    assert main(["rank*.sarif", "-o", "all.html"]) == 2
+    assert capsys.readouterr().err == "torchguard: no file is called rank*.sarif\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["a.jsonl"], ["-o", "all.html"], ["a.jsonl", "--out", "all.html"]])
+def test_a_wrong_command_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    told = capsys.readouterr().err
+    assert leaving.value.code == 2
+    assert told.startswith("torchguard: merge: ")
+    assert told.endswith("; write torchguard merge FILES -o OUT\n")
+    assert told.count("\n") == 1
+
+
 def test_an_output_that_cannot_be_is_told_before_anything_is_read() -> None:
-    with pytest.raises(ReportError, match=r"not 'all\.pdf'"):
+    with pytest.raises(ReportError, match=r"'all\.pdf' does not say by its ending what to write"):
         merge(["missing"], "all.pdf")
     with pytest.raises(ReportError, match="needs reports"):
         merge([], "all.html")
 
 
-def test_no_torch_is_needed_to_merge() -> None:
-    """The package itself imports torch; what merges does not."""
+def test_neither_torch_nor_jinja_is_needed_to_merge() -> None:
     code = (
-        "import sys, types\npackage = types.ModuleType('torchguard')\n"
-        f"package.__path__ = [{str(HERE.parent / 'torchguard')!r}]\nsys.modules['torchguard'] = package\n"
-        "from torchguard._report import merge_command\nstatus = merge_command(sys.argv[1:])\n"
-        "assert 'torch' not in sys.modules\nsys.exit(status)\n"
+        "import sys\nsys.modules['torch'] = sys.modules['jinja2'] = None\n"
+        "from torchguard.__main__ import main\nsys.exit(main(['merge', *sys.argv[1:]]))\n"
     )
     written(Path("r.jsonl"), violation())
-    subprocess.run([sys.executable, "-c", code, "r.jsonl", "-o", "all.html"], timeout=60, check=True)
-    assert Path("all.html").exists()
+    for out, status in (("all.sarif", 0), ("all.html", 2)):
+        done = python(["-c", code, "r.jsonl", "-o", out], cwd=Path.cwd())
+        assert done.returncode == status, done.stderr
+        assert Path(out).exists() is (status == 0)
+    assert done.stderr == "torchguard: an .html report needs jinja2, which comes with torch: pip install jinja2\n"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from outside import python
 from report_samples import SOURCE, faults, violation, written
 from sarif_subset import SCHEMA
 
@@ -333,7 +334,7 @@ def test_suppressions_are_carried(repository: Path) -> None:
     with open_report("r.sarif") as writer:
         writer.add(violation())
         writer.add(violation(allowed="put back before backward"))
-        writer.add(violation(), suppressed="known, see issue 12")
+        writer.add(violation(allowed="known, see issue 12"), suppressed=True)
     results = json.loads(Path("r.sarif").read_text())["runs"][0]["results"]
     assert sorted((one["suppressions"] for one in results), key=str) == [
         [],
@@ -473,9 +474,12 @@ def test_highlighting_changes_no_text() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("r.jsonn", "a report ends in .jsonl, .json, .sarif, .html or .txt, not 'r.jsonn' (did you mean .json"),
-        ("report", "a report ends in .jsonl, .json, .sarif, .html or .txt, not 'report'"),
-        ("train.py/r.html", "cannot write"),
+        (
+            "r.jsonn",
+            "'r.jsonn' does not say by its ending what to write; did you mean '.json'? (.jsonl, .json, .sarif, .html, .txt)",
+        ),
+        ("report", "'report' does not say by its ending what to write (.jsonl, .json, .sarif, .html, .txt)"),
+        ("train.py/r.html", "the report cannot be written to "),
     ],
 )
 def test_a_path_that_cannot_be_is_one_clear_line(repository: Path, name: str, told: str) -> None:
@@ -499,6 +503,39 @@ def test_a_full_disk_does_not_end_the_training(
     assert capsys.readouterr().err.count("No space left on device") == 1
     assert len(writer.report.findings) == 2
     writer.close()
+
+
+def test_a_page_that_cannot_be_made_leaves_its_lines(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched, open_report("r.html") as writer:
+        writer.add(violation())
+        patched.setitem(sys.modules, "jinja2", None)
+        writer.close()
+    told = capsys.readouterr().err
+    assert told.startswith(f"torchguard: the report cannot be written to {writer.path}: an .html report needs jinja2")
+    assert told.endswith(f"; its lines are kept: torchguard merge {writer.journal} -o {writer.path}\n")
+    assert len(merge([writer.journal], "again.html").findings) == 1
+
+
+def test_nothing_of_reports_is_imported_unless_one_is_asked_for() -> None:
+    told = (
+        "import sys, torch, torchguard\nwith torchguard.strict(): torch.ones(2, requires_grad=True).exp().sum().backward()\n"
+        "torchguard.enable(**eval(sys.argv[1]))\n"
+        "print([name for name in sys.modules if '_report' in name and 'torchguard' in name or name == 'jinja2'])"
+    )
+    assert python(["-c", told, "{}"]).stdout == "[]\n"
+    done = python(["-c", told, "{'report': '" + os.devnull + ".d/r.jsonl'}"])
+    assert "jinja2" not in done.stdout
+    assert "torchguard._report._writer" in done.stdout
+
+
+def test_one_site_is_one_site_wherever_backward_reads_it(repository: Path) -> None:
+    reads = [Place("train.py", line, "step", "y.sum().backward()") for line in (7, 8)]
+    found = [violation(caught="read", read=read) for read in reads]
+    assert found[0].site == found[1].site
+    (site,) = written(Path("r.json"), *found).report.findings
+    assert site.times == 2
 
 
 def test_reports_are_in_the_package() -> None:

@@ -7,7 +7,6 @@ property bag (``.sarif``), in a data block that no browser runs (``.html``).
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import re
@@ -15,9 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from torchguard import _config
 from torchguard._report._records import FORMAT, Record, Report, ReportError
 
-SUFFIXES = (".jsonl", ".json", ".sarif", ".html", ".txt")
+SUFFIXES = _config.REPORTS
 
 _BLOCK = re.compile(r'<script type="application/json" id="records">(.*?)</script>', re.S)
 _BEGINS = b'{"torchguard": '
@@ -29,17 +29,20 @@ def suffix_of(path: str) -> str:
     Raises:
         ReportError: for none that there is.
     """
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix not in SUFFIXES:
-        near = difflib.get_close_matches(suffix, SUFFIXES, 1) if suffix else []
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ReportError(f"a report ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, not {path!r}{hint}")
-    return suffix
+    suffix = os.path.splitext(path)[1]
+    if suffix.lower() not in SUFFIXES:
+        raise ReportError(f"{path!r} does not say by its ending what to write{_config.nearest(suffix, SUFFIXES)}")
+    return suffix.lower()
 
 
 def why(error: Exception) -> str:
     """The reason of an error of the operating system, without number and path."""
     return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def cannot_write(path: str, error: Exception) -> str:
+    """One line for the user."""
+    return f"the report cannot be written to {path}: {why(error)}"
 
 
 def line_of(record: Record) -> bytes:
@@ -60,7 +63,7 @@ def write_whole(path: str, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(part)
-        raise ReportError(f"cannot write {path}: {why(error)}") from None
+        raise ReportError(cannot_write(path, error)) from None
 
 
 # ---- reading

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import itertools
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from torchguard._report import _files
 from torchguard._report._records import Report, ReportError
@@ -26,25 +30,57 @@ def merge(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         raise ReportError("merge needs reports to merge")
     for name in names:
         _files.read_into(report, name)
+    report.notes += _left_out(names)
     _files.write_report(report, target)
     return report
 
 
-def merge_parser(prog: str = "torchguard merge") -> argparse.ArgumentParser:
-    """What ``torchguard merge`` takes."""
-    parser = argparse.ArgumentParser(prog=prog, description="Make one report of those that several processes wrote.")
-    parser.add_argument(
-        "files", nargs="+", metavar="FILES", help="reports (.jsonl, .json, .sarif or .html), or journals"
+def _left_out(names: list[str]) -> list[str]:
+    """Notes of journals beside the reports that are merged: what a rank that was killed leaves is easily overlooked."""
+    given = {os.path.abspath(name) for name in names}
+    notes = []
+    for name in sorted({_journals_like(name) for name in given if not name.endswith(".jsonl")}):
+        left = sorted(set(glob.glob(name)) - given)
+        notes += [
+            f"{path} was left by a process that did not end; it is not in this report: name it, too" for path in left
+        ]
+    return notes
+
+
+def _journals_like(path: str) -> str:
+    directory, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
+    of_all = re.sub(r"\.rank\d+\..*|\.[^.]*\.pid\d+$", "", stem)
+    return os.path.join(glob.escape(directory), f"{glob.escape(of_all)}*{suffix}.jsonl")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"torchguard: merge: {message}; write torchguard merge FILES -o OUT", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="torchguard merge",
+        description="Make one report of those that several processes wrote.",
+        allow_abbrev=False,
     )
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the suffix says the format; also .txt")
+    kinds = ", ".join(suffix for suffix in _files.SUFFIXES if suffix != ".txt")
+    parser.add_argument("files", nargs="+", metavar="FILES", help=f"reports ({kinds}), or globs of them")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help=f"what to write; ends in {', '.join(_files.SUFFIXES)}"
+    )
     return parser
 
 
-def merge_command(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """``torchguard merge FILES -o OUT``: the exit status, 2 if a file is not what it should be."""
-    options = merge_parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        report = merge(options.files, options.output)
+        report = merge(itertools.chain.from_iterable(map(_matches, options.files)), options.output)
     except ReportError as error:
         print(f"torchguard: {error}", file=sys.stderr)
         return 2
@@ -52,3 +88,13 @@ def merge_command(arguments: Sequence[str]) -> int:
         print(f"torchguard: {note}", file=sys.stderr)
     print(f"torchguard: {options.output}: {report.summary()}")
     return 0
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a shell that does not do so itself, or was kept from it by quotes, would make of a glob."""
+    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise ReportError(f"no file is called {pattern}")
+    return found

@@ -47,7 +47,7 @@ def _view(report: Report, site: Site) -> dict[str, Any]:
     violation = site.as_violation()
     steps = []
     corrupt = False
-    for label, place, note in violation.timeline():
+    for label, place, note in site.steps():
         corrupt = corrupt or label == "written"
         steps.append({"label": label, "place": place, "note": note, "corrupt": corrupt})
     return {
@@ -60,7 +60,7 @@ def _view(report: Report, site: Site) -> dict[str, Any]:
         "reason": site.reason,
         "suppressed": site.suppressed is not None,
         "steps": steps,
-        "excerpts": _excerpts(site, violation.kind),
+        "excerpts": _excerpts(site),
         "explanation": violation.explanation,
         "ways_out": [line.partition(": ") for line in violation.ways_out],
         "hits": [
@@ -72,18 +72,16 @@ def _view(report: Report, site: Site) -> dict[str, Any]:
     }
 
 
-def _excerpts(site: Site, kind: str) -> list[dict[str, Any]]:
+def _excerpts(site: Site) -> list[dict[str, Any]]:
     """The lines around the places, file by file; lines that are shown for two places are shown once."""
     by_file: dict[str, tuple[dict[int, str], dict[int, list[str]]]] = {}
-    for label in ("saved", "aliased", "written", "read"):
-        place = site.place(label)
+    for label, place, _ in site.steps():
         if place is None:
             continue
         lines, marks = by_file.setdefault(place["path"] or place["file"], ({}, {}))
         context = place["context"] or {"first": place["line"], "lines": [place["source"]]}
         lines.update(enumerate(context["lines"], context["first"]))
-        mark = "read" if kind == "unseen" and label == "written" else label
-        marks.setdefault(place["line"], []).append(mark)
+        marks.setdefault(place["line"], []).append(label)
     return [{"file": file, "rows": _rows(lines, marks)} for file, (lines, marks) in by_file.items()]
 
 

@@ -10,15 +10,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from torchguard._model import Place
-from torchguard._violation import Violation
+from torchguard._violation import Kind, Violation
 
 #: Version of the records. A reader takes what is not newer than itself.
 FORMAT = 1
 
 LABELS = ("saved", "aliased", "written", "read")
+
+#: The places that make a site what it is: backward may read one save from several lines.
+SITE = ("saved", "aliased", "written")
 
 #: One record, as in a line of a ``.jsonl`` report.
 Record = dict[str, Any]
@@ -73,8 +76,7 @@ class Site:
     Attributes:
         id: short hash of what makes two violations the same finding, also across checkouts.
         violation: ``Violation.to_dict()``, less what ``hits`` says, and each place with its ``path`` below the
-        repository
-            root (None if it is not) and its ``context``, the lines around it.
+            repository root (None if it is not) and its ``context``, the lines around it.
         suppressed: the reason if a suppression file answered for it, else None.
         first: when it was first hit, and by which process.
         hits: how often.
@@ -112,6 +114,12 @@ class Site:
         data.update(shape=tuple(data["shape"]), times=max(1, self.times), thread=hit.thread if hit else "")
         return Violation(**data)
 
+    def steps(self) -> list[tuple[str, dict[str, Any] | None, str]]:
+        """The life of the memory in order: what happened (saved, aliased, written, read), the place, what is known."""
+        violation = self.as_violation()
+        label_of = {id(getattr(violation, label)): label for label in LABELS if getattr(violation, label) is not None}
+        return [(step, self.place(label_of.get(id(place), "")), note) for step, place, note in violation.timeline()]
+
     def order(self) -> tuple[Any, ...]:
         """Sites are listed as they were first hit."""
         return (*self.first, self.id)
@@ -124,12 +132,12 @@ def _place(data: Mapping[str, Any] | None) -> Place | None:
 
 
 def site_id(violation: Mapping[str, Any], suppressed: str | None) -> str:
-    """Hash of what makes two violations the same finding. Paths below the repository root make it the same for every
-    rank, wherever its checkout lies.
+    """Hash of what makes two violations the same finding (what ``Violation.site`` has). Paths below the repository root
+    make it the same for every rank, wherever its checkout lies.
     """
     places = [
         place and [place["path"] or place["file"], place["line"], place["function"], place["expression"]]
-        for place in map(violation.get, LABELS)
+        for place in map(violation.get, SITE)
     ]
     return digest([violation["kind"], violation["operation"], violation["allowed"], suppressed, *places])
 
@@ -256,7 +264,7 @@ class Report:
     def summary(self) -> str:
         """One line for the user: how many sites, how often, in how many processes."""
         hits = sum(site.times for site in self.findings)
-        text = f"{counted(len(self.findings), 'site')}, {counted(hits, 'hit')}, in "
+        text = f"{counted(len(self.findings), 'site')}, {counted(hits, 'hit')}, in " if hits else "no violations in "
         text += counted(len(self.processes), "process", "processes")
         if self.answered:
             text += f"; {len(self.answered)} allowed or suppressed"
@@ -328,10 +336,7 @@ def _typed(data: Any, what: type) -> dict[str, Any]:
 def _checked(violation: Any) -> dict[str, Any]:
     for name in ("kind", "operation", "saved_by", "dtype", "device", "caught"):
         _text(violation[name])
-    if violation["kind"] not in ("write", "uncounted", "rebind", "unseen") or violation["caught"] not in (
-        "write",
-        "read",
-    ):
+    if violation["kind"] not in get_args(Kind) or violation["caught"] not in ("write", "read"):
         raise ValueError("not a kind of violation")
     for number in (violation["elements"], violation["of"], *violation["shape"]):
         _count(number)

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
-from torchguard._report._records import LABELS, Process, Report, Site, digest
+from torchguard._report._records import SITE, Process, Report, Site, digest
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
@@ -21,6 +21,16 @@ _RULES = {
     "uncounted": ("uncounted-write", "A saved tensor is written to by an operation that moves no version counter."),
     "rebind": ("rebound-data", "A saved tensor is pointed at other memory by assigning to its .data."),
     "unseen": ("unseen-write", "A saved tensor was written to by a call that only a version counter gave away."),
+    "exported": (
+        "outside-write",
+        "A saved tensor was written to from outside torch: by NumPy, DLPack, another process.",
+    ),
+    "unchecked": (
+        "unchecked-write",
+        "A saved tensor is written to under save hooks, where PyTorch compares no versions.",
+    ),
+    "stashed": ("stashed-write", "A tensor that a compiled Function stashed on its ctx is written to."),
+    "recompute": ("changed-recomputation", "A tensor that a checkpoint reads again in backward is written to."),
 }
 _KINDS = list(_RULES)
 _HELP = (
@@ -90,20 +100,14 @@ def _fingerprint(site: Site) -> str:
     # No line numbers: an edit further up in the file does not make it another finding.
     places = [
         place and [place["path"] or place["file"], place["function"], place["source"], place["expression"]]
-        for place in map(site.place, LABELS)
+        for place in map(site.place, SITE)
     ]
     return digest([site.violation["kind"], site.violation["operation"], *places])
 
 
 def _result(report: Report, site: Site, fingerprint: str) -> dict[str, Any]:
     violation = site.as_violation()
-    steps = [(label, site.place(label), note) for label, _, note in violation.timeline()]
-    if violation.kind == "unseen":  # where its write is kept, its read is
-        steps = [
-            (label, site.place("written") if label == "read" else place, note)
-            for label, place, note in steps
-            if label != "written"
-        ]
+    steps = site.steps()
     main = site.place("written") or site.place("read") or site.place("saved")
     related = [
         {"id": number, **_location(place), "message": {"text": _escaped(f"{label} here{f': {note}' if note else ''}")}}

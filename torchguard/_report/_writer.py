@@ -7,7 +7,6 @@ closed, and if the process never gets there, ``torchguard merge`` makes them of 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import platform
@@ -17,6 +16,7 @@ import sys
 import threading
 import uuid
 import weakref
+from collections.abc import Callable
 from datetime import datetime, timezone
 from types import TracebackType
 from typing import Any
@@ -48,6 +48,7 @@ _RANKS = (
 
 #: Tells the children of a process that the plain name of a report is taken.
 _TAKEN = "TORCHGUARD_REPORT_TAKEN"
+_TAKEN_BY = f"{_TAKEN}_BY"
 
 _writers: weakref.WeakSet[ReportWriter] = weakref.WeakSet()
 
@@ -78,29 +79,25 @@ def _versions() -> str:
 
 
 class ReportWriter:
-    """Writes the report of this process; made by :func:`open_report`. Any thread may add to it."""
+    """Writes the report of this process; made by :func:`open_report`. Any thread may add to it; what goes wrong after
+    it is open is said, and raises nothing.
+    """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, say: Callable[[str], None]) -> None:
         self._asked = os.path.abspath(path)
         self._suffix = _files.suffix_of(path)
+        self._say = say
+        self._inherited = {name: os.environ.get(name) for name in (_TAKEN, _TAKEN_BY)}
         self._start()
-        rank = rank_of_this_process()
-        taken = os.environ.get(_TAKEN) == self._mark(rank) and self._asked_pid() != os.getpid()
-        if not taken:
-            # A child (a worker of a loader, say) makes a file only when it has something to say; a rank always has.
-            os.environ[_TAKEN] = self._mark(rank)
-            os.environ[f"{_TAKEN}_BY"] = str(os.getpid())
-            self._open(own_name=rank is not None)
+        # A child (a worker of a loader, say) makes a file only when it has something to say; a rank always has.
+        self._child = self._inherited[_TAKEN] == self._mark() and self._inherited[_TAKEN_BY] != str(os.getpid())
+        if not self._child:
+            self._open()
+            os.environ.update({_TAKEN: self._mark(), _TAKEN_BY: str(os.getpid())})
         _writers.add(self)
-        atexit.register(self._close_at_exit)
 
-    def _mark(self, rank: int | None) -> str:
-        return f"{rank}:{self._asked}"
-
-    @staticmethod
-    def _asked_pid() -> int:
-        value = os.environ.get(f"{_TAKEN}_BY", "")
-        return int(value) if value.isdecimal() else 0
+    def _mark(self) -> str:
+        return f"{self._process.rank}:{self._asked}"
 
     def _start(self) -> None:
         """As at birth; also in a child that was forked, which must not write to its parent's file."""
@@ -117,13 +114,22 @@ class ReportWriter:
         host = re.sub(r"[^\w-]", "_", socket.gethostname().split(".")[0]) or "host"
         self._process = Process(uuid.uuid4().hex[:16], os.getpid(), host, rank, _now(), "", _versions())
 
-    def _open(self, own_name: bool) -> None:
-        process = self._process
-        self._path = self._asked
-        if own_name:
-            rank = "" if process.rank is None else f".rank{process.rank}"
-            stem = os.path.splitext(self._asked)[0]
-            self._path = f"{stem}{rank}.{process.host}.{process.pid}{self._suffix}"
+    def _name(self) -> str:
+        """The path of this process: what the one that was asked for lacks is put before the suffix."""
+        rank, host, pid = self._process.rank, self._process.host, str(self._process.pid)
+        stem, suffix = os.path.splitext(self._asked)
+        of_a_rank = rank is not None and "%r" not in stem
+        if of_a_rank:
+            stem += ".rank%r"
+        # torchrun starts a rank that died again: its report must not take the place of the first one's.
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+        if "%p" not in stem and (of_a_rank or self._child or restarted):
+            stem += ".pid%p" if "%h" in stem else ".%h.pid%p"
+        told = {"%p": pid, "%r": "0" if rank is None else str(rank), "%h": host}
+        return re.sub("%[prh]", lambda match: told[match[0]], stem) + suffix
+
+    def _open(self) -> None:
+        self._path = self._name()
         self._root = self._find_root()
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
@@ -133,8 +139,8 @@ class ReportWriter:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._path)  # one of an earlier run, which this run would seem to have written
         except OSError as error:
-            raise ReportError(f"cannot write {self._path}: {_files.why(error)}") from None
-        self._write(process_record(process))
+            raise ReportError(_files.cannot_write(self._path, error)) from None
+        self._write(process_record(self._process))
         for what in self._report.unwatched:  # told before there was a file
             self._write({"record": "unwatched", "what": what})
 
@@ -149,7 +155,7 @@ class ReportWriter:
 
     @property
     def path(self) -> str:
-        """Where the report of this process is, or will be when it is closed; ``""`` while there is none."""
+        """Where the report of this process is, or will be when it is closed; ``""`` if there is none."""
         return self._path
 
     @property
@@ -164,40 +170,67 @@ class ReportWriter:
 
     # ---- what is added
 
-    def add(self, violation: Violation, *, test: str | None = None, suppressed: str | None = None) -> None:
+    def add(self, violation: Violation, *, test: str | None = None, suppressed: bool = False) -> None:
         """Add a violation, ``violation.times`` times. It is in the file when this returns; how often a known site was
         hit is, while the process runs, told to within a tenth.
 
         Args:
             violation: what was found.
             test: the test that ran; by default the one that pytest says is running.
-            suppressed: the reason, if a suppression file answers for it.
+            suppressed: whether what ``violation.allowed`` says is the reason of a suppression, and not of an ``allow``
+                block.
         """
         if test is None:
             test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
         with self._lock:
-            if self._closed:
+            self._try(lambda: self._add(violation, test, suppressed))
+
+    def _add(self, violation: Violation, test: str, suppressed: bool) -> None:
+        if self._closed:
+            return
+        self._look_for_rank()
+        self._open_if_needed()
+        key = (violation.site, violation.allowed, suppressed)
+        identity = self._known.get(key)
+        hit = Hit(self._process.id, violation.thread, test)
+        if identity is None:
+            reason = violation.allowed if suppressed else None
+            data = self._data(violation)
+            if suppressed:
+                data["allowed"] = None
+            identity = self._known[key] = site_id(data, reason)
+            if identity not in self._report.sites:
+                record = self._first(identity, data, reason, hit, violation)
+                self._report.apply(record)
+                self._said[identity, hit] = violation.times
+                self._write(record)
                 return
-            self._look_for_rank()
-            if self._descriptor < 0 and not self._broken:
-                self._try(lambda: self._open(own_name=True))
-            key = (violation.site, violation.read, violation.allowed, suppressed)
-            identity = self._known.get(key)
-            hit = Hit(self._process.id, violation.thread, test)
-            if identity is None:
-                data = self._data(violation)
-                identity = self._known[key] = site_id(data, suppressed)
-                if identity not in self._report.sites:
-                    record = self._first(identity, data, suppressed, hit, violation)
-                    self._report.apply(record)
-                    self._said[identity, hit] = violation.times
-                    self._write(record)
-                    return
-            hits = self._report.sites[identity].hits
-            hits[hit] = hits.get(hit, 0) + violation.times
-            said = self._said.get((identity, hit), 0)
-            if hits[hit] >= said + max(1, said // 10):
-                self._say(identity, hit)
+        hits = self._report.sites[identity].hits
+        hits[hit] = hits.get(hit, 0) + violation.times
+        said = self._said.get((identity, hit), 0)
+        if hits[hit] >= said + max(1, said // 10):
+            self._say_times(identity, hit)
+
+    def absorb(self, path: str) -> None:
+        """Add what is in another process's report, and remove its file.
+
+        Raises:
+            ReportError: if it cannot be read.
+        """
+        other = Report()
+        _files.read_into(other, path)
+        with self._lock:
+            self._open_if_needed()
+            for record in other.records():
+                self._report.apply(record)
+                self._write(record)
+            self._report.notes += other.notes
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+    def _open_if_needed(self) -> None:
+        if self._descriptor < 0 and not self._broken:
+            self._try(self._open)
 
     def note_unwatched(self, what: str) -> None:
         """Add what the guard cannot watch, once."""
@@ -230,7 +263,7 @@ class ReportWriter:
                 place["context"] = context_of(place["file"], place["line"], place["source"])
         return data
 
-    def _say(self, identity: str, hit: Hit) -> None:
+    def _say_times(self, identity: str, hit: Hit) -> None:
         times = self._report.sites[identity].hits[hit]
         self._said[identity, hit] = times
         self._write(hits_record(identity, hit, times))
@@ -247,25 +280,27 @@ class ReportWriter:
 
         self._try(write)
 
-    def _try(self, what: Any) -> None:
+    def _try(self, what: Callable[[], None]) -> None:
         """A report that cannot be written must not end the training that it reports on."""
         try:
             what()
         except (OSError, ReportError) as error:
-            self._broken = True
-            if self._descriptor >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(self._descriptor)
-                self._descriptor = -1
-            print(f"torchguard: the report stops here: {self._path}: {_files.why(error)}", file=sys.stderr)
+            self._close_descriptor()
+            if not self._broken:
+                self._broken = True
+                self._say(str(error) if isinstance(error, ReportError) else _files.cannot_write(self.journal, error))
+
+    def _close_descriptor(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     # ---- the end
 
     def close(self) -> None:
-        """End the report: counts are exact now, and a format other than ``.jsonl`` is made.
-
-        Raises:
-            ReportError: if it cannot be written; the journal stays then.
+        """End the report: counts are exact now, and a format other than ``.jsonl`` is made; if it cannot be, that is
+        said, and the journal stays.
         """
         with self._lock:
             if self._closed:
@@ -273,27 +308,33 @@ class ReportWriter:
             for identity, site in self._report.sites.items():
                 for hit, times in site.hits.items():
                     if self._said.get((identity, hit)) != times:
-                        self._say(identity, hit)
+                        self._say_times(identity, hit)
             self._process = Process(**{**vars(self._process), "ended": _now()})
             record = process_record(self._process)
             self._report.apply(record)
-            opened = self._descriptor >= 0
             self._write(record)
             self._closed = True
-            atexit.unregister(self._close_at_exit)
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
-            if opened and self._suffix != ".jsonl":
-                _files.write_report(self._report, self._path)
-                with contextlib.suppress(OSError):
-                    os.unlink(self.journal)
+            self._close_descriptor()
+            self._give_name_back()
+            if self._path and self._suffix != ".jsonl" and not self._broken:
+                self._try(self._make)
 
-    def _close_at_exit(self) -> None:
+    def _make(self) -> None:
         try:
-            self.close()
-        except ReportError as error:
-            print(f"torchguard: {error}", file=sys.stderr)
+            _files.write_report(self._report, self._path)
+        except Exception as error:
+            kept = f"its lines are kept: torchguard merge {self.journal} -o {self._path}"
+            raise ReportError(f"{_files.cannot_write(self._path, error)}; {kept}") from None
+        with contextlib.suppress(OSError):
+            os.unlink(self.journal)
+
+    def _give_name_back(self) -> None:
+        if not self._child and os.environ.get(_TAKEN_BY) == str(os.getpid()):
+            for name, value in self._inherited.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
     def __enter__(self) -> ReportWriter:
         return self
@@ -304,12 +345,10 @@ class ReportWriter:
         self.close()
 
     def _forked(self) -> None:
-        closed, descriptor = self._closed, self._descriptor
-        if descriptor >= 0:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        closed = self._closed
+        self._close_descriptor()
         self._start()
-        self._closed = closed
+        self._closed, self._child = closed, True
 
 
 def _after_fork() -> None:
@@ -321,14 +360,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def open_report(path: str | os.PathLike[str]) -> ReportWriter:
-    """Open the report of this process; the suffix says which kind: ``.jsonl``, ``.json``, ``.sarif``, ``.html`` or
-    ``.txt``.
+def _say_on_stderr(line: str) -> None:
+    print(f"torchguard: {line}", file=sys.stderr)
 
-    A rank of a distributed job writes to a file of its own, ``report.rank1.node7.4242.jsonl`` for ``report.jsonl``;
-    so does a child of a process that writes to that path, when it first has something to tell.
+
+def open_report(path: str | os.PathLike[str], say: Callable[[str], None] = _say_on_stderr) -> ReportWriter:
+    """Open the report of this process; the suffix says which kind: ``.jsonl``, ``.json``, ``.sarif``, ``.html`` or
+    ``.txt``. ``%r``, ``%h`` and ``%p`` stand for rank, host and process.
+
+    A rank of a distributed job writes to a file of its own, ``report.rank1.node7.pid4242.jsonl`` for ``report.jsonl``;
+    so does a child of a process that writes to that path (without the rank), when it first has something to tell.
+
+    Args:
+        path: where to.
+        say: how to tell in one line what goes wrong later.
 
     Raises:
         ReportError: for a suffix that there is not, or a path that cannot be written to.
     """
-    return ReportWriter(os.fspath(path))
+    return ReportWriter(os.fspath(path), say)
