@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from sarif_subset import SCHEMA
 import torchguard
 from torchguard import Guard, Violation
 from torchguard._model import Place
-from torchguard._report import ReportError, ReportWriter, merge, open_report
+from torchguard._report import ReportError, ReportWriter, _page, merge, open_report
 from torchguard._report._highlight import highlight, visible
 from torchguard._report._source import line_hashes
 
@@ -406,24 +407,65 @@ def test_the_page_tells_the_life_of_the_memory(repository: Path) -> None:
     for part in (
         "1 site with a silent write",
         "3 hits",
-        "saved src/train.py:4 in step float32[64, 10] on cpu, by sigmoid",
-        "aliased src/train.py:5",
-        "written src/train.py:6 in step 640 of 640 elements",
-        "read src/train.py:7",
-        "backward gets bytes that were never saved",
+        "saved src/train.py:4 in step y = torch.sigmoid(h) # saved float32[64, 10] on cpu, by sigmoid",
+        "aliased src/train.py:5 in step w = y.data",
+        "written src/train.py:6 in step w.zero_() 640 of 640 elements",
+        "read src/train.py:7 in step y.sum().backward() backward() gets bytes that were never saved",
         f"{os.getpid()} on",
         "MainThread",
         "test_the_page_tells_the_life_of_the_memory",
     ):
         assert part in text
-    steps = [attributes.get("class") for tag, attributes in parsed.tags if tag == "li" and parsed][-4:]
-    assert steps == [None, None, "corrupt", "corrupt"]
-    marked = [row for row in re.findall(r"<tr.*?</tr>", source, re.S) if 'class="hit"' in row]
+    assert life(parsed) == ["saved", "aliased", "written corrupt", "read corrupt"]
+    marked = [row for row in re.findall(r"<tr.*?</tr>", source, re.S) if 'class="hit' in row]
     assert [re.sub("<.*?>", " ", row).split()[:2] for row in marked] == [
-        ["saved", "4"], ["aliased", "5"], ["written", "6"], ["read", "7"],
+        ["4", "saved"], ["5", "aliased"], ["6", "written"], ["7", "read"],
     ]  # fmt: skip
     assert '<span class="comment"># saved</span>' in source
     assert '<span class="keyword">def</span>' in source
+
+
+def life(parsed: Page) -> list[str]:
+    steps = [attributes.get("class") or "" for tag, attributes in parsed.tags if tag == "li"]
+    return [step for step in steps if step.split()[:1] and step.split()[0] in ("saved", "aliased", "written", "read")]
+
+
+def test_a_write_that_was_stopped_is_read_only_if_it_goes_on(repository: Path) -> None:
+    parsed, _ = page(violation())
+    assert life(parsed) == ["saved", "aliased", "written corrupt", "read corrupt ahead"]
+    assert "backward() would use bytes" in parsed.text
+
+
+def test_an_unseen_write_is_a_step_without_a_place(repository: Path) -> None:
+    read = Place("train.py", 7, "step", "y.sum().backward()")
+    for kind in ("unseen", "exported", "stashed", "unchecked", "recompute"):
+        parsed, _ = page(violation(kind=kind, operation="", caught="read", written=read))
+        assert life(parsed)[-2:] == ["written corrupt unknown", "read corrupt"], kind
+        assert "src/train.py:7" in parsed.text
+
+
+@pytest.mark.parametrize("sites", [0, 1, 3, 500])
+def test_links_lead_somewhere_and_headings_have_an_order(repository: Path, sites: int) -> None:
+    found = [*(violation(operation=f"op{i}_()", thread=f"t{i % 3}") for i in range(sites)), *all_kinds()[:sites]]
+    parsed, _ = page(*found)
+    identities = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    targets = {attributes["href"] for tag, attributes in parsed.tags if tag == "a"}
+    assert targets <= {f"#{identity}" for identity in identities}
+    assert sum(tag == "article" for tag, _ in parsed.tags) == len({(one.site, one.allowed) for one in found})
+    levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_many_hits_are_folded_and_ranks_told_as_runs(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, _ = page(*(violation(thread=f"worker-{i}") for i in range(14)))
+    assert "and 2 more" in parsed.text
+    assert all(f"worker-{i}" in parsed.text for i in range(14))
+    assert [_page._ranks(ranks) for ranks in ([], [3], [0, 1, 2], [0, 1, 2, 3, 4, 8, 9])] == [
+        "", "rank 3", "ranks 0, 1, 2", "ranks 0–4, 8, 9",
+    ]  # fmt: skip
 
 
 def test_an_answered_site_gives_its_reason(repository: Path) -> None:
@@ -452,11 +494,10 @@ def test_text_can_be_read_in_light_and_dark(repository: Path, scheme: str) -> No
     )
     colour = light if scheme == "light" else dark
     assert light.keys() == dark.keys()
-    pairs = [(text, ground) for text in ("text", "soft", "bad", "good", "link") for ground in ("page", "card")]
-    pairs += [
-        (text, g) for text in ("text", "keyword", "string", "number", "comment", "soft") for g in ("code", "mark")
-    ]
-    pairs += [("bad", "mark")]
+    steps = ("saved", "aliased", "written", "read")
+    pairs = [(text, ground) for text in ("text", "soft", "link", *steps) for ground in ("page", "card")]
+    code = ("text", "keyword", "string", "number", "comment", "soft", *steps)
+    pairs += [(text, ground) for text in code for ground in ("code", "mark", "hint")]
     low = {pair: contrast(colour[pair[0]], colour[pair[1]]) for pair in pairs}
     assert {pair: ratio for pair, ratio in low.items() if ratio < 4.5} == {}
 
