@@ -175,7 +175,10 @@ def test_a_rank_that_is_killed_half_way_loses_nothing(tmp_path: Path, name: str)
     assert "the last line is cut off" in (tmp_path / "all.html").read_text()
     if name == "r.html":
         (forgotten, *_) = merge([zeroth], tmp_path / "half.txt").told()
-        assert forgotten == f"{first} was left by a process that did not end; it is not in this report: name it, too"
+        told = "is of a process that was killed, or runs still; it is not in this report: name it, too"
+        assert forgotten == f"{first} {told}"
+        Path(tmp_path / "r2.html.jsonl").write_bytes(first.read_bytes())  # of another report
+        assert merge([zeroth, first], tmp_path / "both.txt").notes == [cut]
 
 
 def test_a_report_cut_off_anywhere_keeps_every_whole_line() -> None:

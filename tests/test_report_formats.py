@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -358,6 +359,12 @@ def test_line_hashes_are_those_of_code_scanning(text: str, hashes: list[str]) ->
     assert list(line_hashes(text).values())[: len(hashes)] == hashes
 
 
+def test_a_file_that_was_edited_meanwhile_has_no_line_hash(repository: Path) -> None:
+    Path("train.py").write_text("# another\n" + SOURCE)
+    (result,) = sarif(violation())["runs"][0]["results"]
+    assert list(result["partialFingerprints"]) == ["torchguardSite/v1"]
+
+
 def test_suppressions_are_carried(repository: Path) -> None:
     with open_report("r.sarif") as writer:
         writer.add(violation())
@@ -581,9 +588,21 @@ def test_a_page_that_cannot_be_made_leaves_its_lines(
         patched.setitem(sys.modules, "jinja2", None)
         writer.close()
     told = capsys.readouterr().err
-    assert told.startswith(f"torchguard: the report cannot be written to {writer.path}: an .html report needs jinja2")
+    assert told.startswith("torchguard: an .html report needs jinja2")
     assert told.endswith(f"; its lines are kept: torchguard merge {writer.journal} -o {writer.path}\n")
     assert len(merge([writer.journal], "again.html").findings) == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".html"])
+def test_a_program_that_empties_its_output_directory_has_its_report_all_the_same(repository: Path, suffix: str) -> None:
+    with open_report(Path("out") / f"r{suffix}") as writer:
+        writer.add(violation())
+        shutil.rmtree("out")
+        writer.add(violation(operation="exp_()"), test="a")
+        assert sum(line["record"] == "violation" for line in lines(Path(writer.journal))) == 2
+        shutil.rmtree("out")
+    found = merge([writer.path], "all.json").findings
+    assert [site.violation["operation"] for site in found] == ["zero_()", "exp_()"]
 
 
 def test_nothing_of_reports_is_imported_unless_one_is_asked_for() -> None:

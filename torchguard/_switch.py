@@ -501,7 +501,7 @@ class Session:
                 _print(f"  {line}")
             if most is not None and len(lines) > most:
                 _print(f"  and {len(lines) - most} more (max_reports={most})")
-            if count and self._report is not None:
+            if count and self._report is not None and os.path.exists(self._report.path):
                 _print(f"  report: {self._report.path}")
                 if self._elsewhere:
                     stem, suffix = os.path.splitext(self._report.path)

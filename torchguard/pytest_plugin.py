@@ -418,7 +418,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"    {test}")
     for line in (*run.problems, *stale):
         terminalreporter.write_line(line)
-    if run.report is not None:
+    if run.report is not None and os.path.exists(run.report.path):
         terminalreporter.write_line(f"report: {run.report.path}")
 
 

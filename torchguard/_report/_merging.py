@@ -38,20 +38,14 @@ def merge(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) 
 def _left_out(names: list[str]) -> list[str]:
     """Notes of journals beside the reports that are merged: what a rank that was killed leaves is easily overlooked."""
     given = {os.path.abspath(name) for name in names}
-    notes = []
-    for name in sorted({_journals_like(name) for name in given if not name.endswith(".jsonl")}):
-        left = sorted(set(glob.glob(name)) - given)
-        notes += [
-            f"{path} was left by a process that did not end; it is not in this report: name it, too" for path in left
-        ]
-    return notes
-
-
-def _journals_like(path: str) -> str:
-    directory, name = os.path.split(path)
-    stem, suffix = os.path.splitext(name)
-    of_all = re.sub(r"\.rank\d+\..*|\.[^.]*\.pid\d+$", "", stem)
-    return os.path.join(glob.escape(directory), f"{glob.escape(of_all)}*{suffix}.jsonl")
+    left: set[str] = set()
+    for name in given:
+        stem, suffix = os.path.splitext(name)
+        if suffix != ".jsonl":
+            of_all = glob.escape(re.sub(r"\.rank\d+(\.[^./]*\.pid\d+)?$|\.[^./]*\.pid\d+$", "", stem))
+            left |= {*glob.glob(f"{of_all}{suffix}.jsonl"), *glob.glob(f"{of_all}.*{suffix}.jsonl")}
+    told = "is of a process that was killed, or runs still; it is not in this report: name it, too"
+    return [f"{path} {told}" for path in sorted(left - given)]
 
 
 class _Parser(argparse.ArgumentParser):

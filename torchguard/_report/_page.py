@@ -143,7 +143,7 @@ def _steps(site: Site, rows: dict[tuple[str, int], str]) -> list[dict[str, Any]]
     for label, place, note in site.steps():
         corrupt = corrupt or label == "written"
         counts = f"{elements} of {site.violation['of']} elements" in note
-        step = {"label": label, "place": place, "note": note, "corrupt": corrupt, "ahead": False}
+        step: dict[str, Any] = {"label": label, "place": place, "note": note, "corrupt": corrupt, "ahead": False}
         step["part"] = elements if counts else None
         if place is not None:
             step["where"] = _at(place)

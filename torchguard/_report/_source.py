@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 from pathlib import Path
@@ -52,15 +53,26 @@ def _short(line: str) -> str:
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
 
 
-def line_hash(file: str, line: int) -> str:
-    """What code-scanning services call ``primaryLocationLineHash``; ``""`` if the file cannot be read."""
-    if file.startswith("<"):
-        return ""
+def line_hash(file: str, line: int, source: str) -> str:
+    """What code-scanning services call ``primaryLocationLineHash``; ``""`` if the file cannot be read, or has changed
+    since ``source`` was run.
+    """
     try:
-        text = Path(file).read_bytes().decode()
-    except (OSError, ValueError):
+        status = os.stat(file)
+        text, number = _hashes_of(file, status.st_mtime_ns, status.st_size)[line]
+    except (OSError, ValueError, KeyError):  # <stdin> is not a file, and a file need not be text
         return ""
-    return line_hashes(text).get(line, "")
+    return number if text.strip() == source else ""
+
+
+@functools.lru_cache(maxsize=32)  # many sites of one file, at 20 µs a line
+def _hashes_of(file: str, modified: int, size: int) -> dict[int, tuple[str, str]]:
+    text = Path(file).read_bytes().decode()
+    return dict(enumerate(zip(_lines(text), line_hashes(text).values(), strict=True), 1))
+
+
+def _lines(text: str) -> list[str]:
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def line_hashes(text: str) -> dict[int, str]:
@@ -73,7 +85,7 @@ def line_hashes(text: str) -> dict[int, str]:
     """
     units: list[int] = []
     starts: list[int] = []
-    for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
+    for line in _lines(text):
         starts.append(len(units))
         kept = line.replace(" ", "").replace("\t", "").encode("utf-16-le", "surrogatepass")
         units += [kept[i] | kept[i + 1] << 8 for i in range(0, len(kept), 2)]

@@ -131,10 +131,8 @@ class ReportWriter:
     def _open(self) -> None:
         self._path = self._name()
         self._root = self._find_root()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._descriptor = os.open(self.journal, flags, 0o666)
+            self._open_journal(os.O_TRUNC)
             if self.journal != self._path:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._path)  # one of an earlier run, which this run would seem to have written
@@ -143,6 +141,19 @@ class ReportWriter:
         self._write(process_record(self._process))
         for what in self._report.unwatched:  # told before there was a file
             self._write({"record": "unwatched", "what": what})
+
+    def _open_journal(self, flag: int) -> None:
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | flag | getattr(os, "O_BINARY", 0)
+        self._descriptor = os.open(self.journal, flags, 0o666)
+
+    def _bring_back(self) -> None:
+        """A program that begins by emptying its output directory may have removed the report: write it again."""
+        if self._descriptor >= 0 and not os.path.lexists(self.journal):
+            self._close_descriptor()
+            self._open_journal(os.O_EXCL)
+            for record in (process_record(self._process), *self._report.records()):
+                self._write(record)
 
     def _find_root(self) -> str:
         main = getattr(sys.modules.get("__main__"), "__file__", None) or "."
@@ -201,6 +212,7 @@ class ReportWriter:
             identity = self._known[key] = site_id(data, reason)
             if identity not in self._report.sites:
                 record = self._first(identity, data, reason, hit, violation)
+                self._bring_back()
                 self._report.apply(record)
                 self._said[identity, hit] = violation.times
                 self._write(record)
@@ -249,7 +261,7 @@ class ReportWriter:
         self, identity: str, data: dict[str, Any], suppressed: str | None, hit: Hit, violation: Violation
     ) -> Record:
         place = violation.written or violation.read or violation.saved
-        number = line_hash(place.file, place.line) if place else ""
+        number = line_hash(place.file, place.line, place.source) if place else ""
         site = Site(identity, data, suppressed, (_now(), hit.process), {}, number)
         return violation_record(site, hit, violation.times, self._process)
 
@@ -305,6 +317,7 @@ class ReportWriter:
         with self._lock:
             if self._closed:
                 return
+            self._try(self._bring_back)
             for identity, site in self._report.sites.items():
                 for hit, times in site.hits.items():
                     if self._said.get((identity, hit)) != times:
@@ -323,8 +336,9 @@ class ReportWriter:
         try:
             _files.write_report(self._report, self._path)
         except Exception as error:
+            told = str(error) if isinstance(error, ReportError) else _files.cannot_write(self._path, error)
             kept = f"its lines are kept: torchguard merge {self.journal} -o {self._path}"
-            raise ReportError(f"{_files.cannot_write(self._path, error)}; {kept}") from None
+            raise ReportError(f"{told}; {kept}") from None
         with contextlib.suppress(OSError):
             os.unlink(self.journal)
 
