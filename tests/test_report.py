@@ -379,6 +379,12 @@ def test_errors_and_warnings_are_of_the_right_kind() -> None:
 ESCAPE = "\x1b["
 
 
+def test_a_traceback_shows_the_name_that_users_import() -> None:
+    for name in ("SavedTensorCorruptionError", "SavedTensorCorruptionWarning", "UnwatchedWarning", "Violation"):
+        found = getattr(torchguard, name)
+        assert f"{found.__module__}.{found.__qualname__}" == f"torchguard.{name}"
+
+
 def test_plain_has_no_escape_codes_and_colour_has() -> None:
     for program in (write_through_data, rebind, write_unseen, write_uncounted):
         violation = caught(program)

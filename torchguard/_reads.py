@@ -17,7 +17,7 @@ from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
 from torchguard._aliases import ALIASES, AliasRecord
 from torchguard._exports import EXPORTS, Export
 from torchguard._rereads import Reread
-from torchguard._saves import LEDGER, Save
+from torchguard._saves import LEDGER, Part, Save
 from torchguard._violation import Kind
 
 #: A save's version once its tensor was detached in place, which PyTorch refuses to unpack.
@@ -103,6 +103,8 @@ def _refuse(save: Save) -> None:
 
 def _examine(save: Save) -> None:
     remarks = save.remark()
+    for part in remarks.parts:
+        examine_stashed(part)
     if remarks.awaits is not None:
         awaits, remarks.awaits = remarks.awaits, None
         awaits()
@@ -145,8 +147,8 @@ def _report(save: Save, kind: Kind) -> None:
     operation, written = "x.data = y" if kind == "rebind" else "", read
     if remarks.writer is not None and kind == "unseen":
         kind, operation, written = remarks.writer
-    if remarks.stashed:
-        kind = "stashed"
+    if remarks.stashed and kind != "exported":
+        kind = "wrapped" if isinstance(save, Part) else "stashed"
     _verdict.pronounce(
         save,
         kind,

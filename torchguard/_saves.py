@@ -55,6 +55,7 @@ class Remarks:
         "fingerprint",
         "guard",
         "lent",
+        "parts",
         "proof",
         "spoilt",
         "stashed",
@@ -84,6 +85,8 @@ class Remarks:
         self.exports: list[Export] = []
         #: Whether the copy is kept for the exports alone, maybe together with other saves.
         self.lent = False
+        #: What stands for the tensors inside, where it is a subclass that wraps others.
+        self.parts: tuple[Part, ...] = ()
         #: Whether code outside torch has written to it already, where nothing allowed it.
         self.spoilt = False
         #: Where the output is a view that was written in place, a weak hold on it: PyTorch names its node in
@@ -246,6 +249,20 @@ class Save:
         return "" if self.inner_code is None else _places.operation_of((self.inner_code, self.inner_offset))
 
 
+class Part(Save):
+    """A tensor inside a saved subclass that wraps others. PyTorch looks at the wrapper's version only."""
+
+    __slots__ = ()
+
+    def __init__(self, whole: Save, tensor: torch.Tensor) -> None:
+        for name in ("code", "offset", "inner_code", "inner_offset"):
+            setattr(self, name, getattr(whole, name))
+        self.tensor, self.node, self.output = tensor, None, 0
+        self.version, self.storage = _memory.version_of(tensor), _memory.storage_of(tensor)
+        self.remarks = None
+        self.remark().stashed = True
+
+
 def operation_of_node(name: str) -> str:
     """``"LinalgSvdBackward0"`` -> ``"linalg_svd"``; a custom Function keeps its own name."""
     stem, backward, number = name.partition("Backward")
@@ -394,8 +411,13 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
         storage = _memory.storage_of(tensor)
         with disabled():
             save = record(tensor, storage)
-        save.remark()  # a save with remarks is read with user code kept out
-        if _memory.span_of(tensor) is None and tensor.device.type != "meta":
+        remarks = save.remark()  # a save with remarks is read with user code kept out
+        if _memory.span_of(tensor) is None:
+            remarks.parts = tuple(
+                Part(save, inner) for inner in _torch.parts_of(save.tensor) if _memory.storage_of(inner)
+            )
+            pending.extend(ref(part) for part in remarks.parts)
+        if not remarks.parts and _memory.span_of(tensor) is None and tensor.device.type != "meta":
             layout = str(tensor.layout).removeprefix("torch.")
             _policy.note_unwatched(
                 f"{type(tensor).__name__} of layout {layout}: no memory to compare writes with; "

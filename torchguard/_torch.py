@@ -183,6 +183,23 @@ def behind(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with memory that a subclass holds which wraps others (DTensor, ...), ``[]`` for any other tensor.
+
+    What is written to the wrapper is written to these, below autograd, where no version counter moves.
+    """
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
+    if flatten is None:
+        return []
+    parts: list[torch.Tensor] = []
+    with no_torch_function():
+        for name in flatten(tensor)[0]:
+            inner = getattr(tensor, name, None)
+            if isinstance(inner, torch.Tensor):
+                parts += parts_of(inner) or [inner]
+    return parts
+
+
 def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """``memory`` in the wrappers that ``tensor`` has; those of transforms that are over are left out."""
     for wrapper in reversed(list(levels_of(tensor))[:-1]):

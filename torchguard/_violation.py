@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "uncounted", "rebind", "unseen", "exported", "unchecked", "stashed", "recompute"]
+Kind = Literal["write", "uncounted", "rebind", "unseen", "exported", "unchecked", "stashed", "wrapped", "recompute"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,15 @@ with wrong gradients and no error.""",
         seen=False,
         unknown_writer="between the compiled forward and its backward",
     ),
+    "wrapped": _Wording(
+        "{write} to what a tensor subclass wraps",
+        """\
+Autograd saved the wrapper (a DTensor, say); what it wraps was written to, and the version counter of the
+wrapper does not move. Without torchguard, backward() would finish with wrong gradients and no error.""",
+        "do it after backward(), or write to the wrapper by an operation that moves its version counter",
+        seen=False,
+        unknown_writer="between save and read, by a call that is not patched: out=, torch.ops or an extension",
+    ),
     "recompute": _Wording(
         "{write}",
         """\
@@ -141,7 +150,9 @@ class Violation:
             ``"exported"`` (a write from outside torch, to memory that was handed to NumPy, DLPack or another
             process), ``"unchecked"`` (a write that moves the version, where the program's save hooks switch
             PyTorch's check off), ``"stashed"`` (any write, tracked or not, to what PyTorch reads without a look
-            at its version) or ``"recompute"`` (any write to what a checkpoint reads again).
+            at its version), ``"wrapped"`` (a write to a tensor inside a subclass that wraps others, a DTensor say,
+            which does not move the version of the wrapper) or ``"recompute"`` (any write to what a checkpoint reads
+            again).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -252,7 +263,9 @@ class Violation:
             places.append(("aliased", self.aliased, ""))
         if self._writer_unknown:
             places.append(("written", None, ""))
-            bound = "up to " if self.kind in ("unseen", "recompute") else ""  # the whole save, for all the guard knows
+            bound = (
+                "up to " if self.kind in ("unseen", "recompute", "stashed", "wrapped") else ""
+            )  # the whole save, for all the guard knows
             places.append(("read", self.written, bound + changed))
         else:
             places.append(("written", self.written, changed))
@@ -285,3 +298,8 @@ class Violation:
         expression = self.aliased.expression if self.aliased else ""
         name = expression.removesuffix(".data")
         return name if name != expression and name.isprintable() and len(name) <= 30 else "x"
+
+
+# Tracebacks and warnings show the name that users import.
+for _public in (SavedTensorCorruptionError, SavedTensorCorruptionWarning, UnwatchedWarning, Violation):
+    _public.__module__ = "torchguard"

@@ -191,7 +191,9 @@ def look(
     """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
     version PyTorch does not check and that therefore is to be expected to move.
     """
-    for target in writer.targets(args, kwargs):
+    targets = [(target, False) for target in writer.targets(args, kwargs)]
+    targets += [(part, True) for target, _ in targets for part in _torch.parts_of(target)]
+    for target, inside in targets:
         storage = _memory.storage_of(target)
         if not storage:
             continue
@@ -205,7 +207,7 @@ def look(
         if rereads and not (writer.keeps_statistics and running.depth):  # a checkpoint's function may update its own
             note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
         saves = [save for save in saves if not isinstance(save, Reread)]
-        counted = writer.counts(target, args, kwargs)
+        counted = not inside and writer.counts(target, args, kwargs)
         preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
         for save in saves:
             if not save.checked and not save.tracked:
@@ -370,6 +372,8 @@ class Rehearsal:
 def rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rehearsal:
     """Make the call on copies of what it writes to."""
     targets = writer.targets(args, kwargs)
+    if any(_torch.parts_of(target) for target in targets):
+        raise NotImplementedError("a subclass that wraps others is not built anew over other memory")
     with _torch.hidden():
         if not _memory.can_be_copied(targets):
             return Rehearsal(targets, {})

@@ -21,6 +21,7 @@ from catalogue import (
     storages,
     training,
     unseen,
+    wrapped,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "textbook",
     "training",
     "unseen",
+    "wrapped",
 ]
