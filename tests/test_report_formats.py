@@ -196,6 +196,13 @@ def test_text_is_what_the_violation_says(repository: Path) -> None:
     assert text.endswith("torchguard: 1 site, 3 hits, in 1 process\n")
 
 
+def test_text_of_what_is_allowed_says_where_and_why(repository: Path) -> None:
+    written(Path("r.txt"), violation(allowed="put back before backward"))
+    _, where, why, who, *_ = Path("r.txt").read_text().splitlines()
+    assert (where, why) == ("  src/train.py:6  w.zero_()", "  allowed: put back before backward")
+    assert who.startswith("  hit:   once by pid ")
+
+
 # ---- SARIF
 
 

@@ -182,10 +182,12 @@ def text(report: Report) -> str:
     parts = []
     for site in report.findings:
         parts += [str(site.as_violation()), f"  hit:   {_who(report, site)}\n"]
-    parts += [
-        f"{site.as_violation().headline}\n  {'allowed' if site.suppressed is None else 'suppressed'}: {site.reason}\n"
-        for site in report.answered
-    ]
+    for site in report.answered:
+        answer = "allowed" if site.suppressed is None else "suppressed"
+        violation = site.as_violation()
+        place = violation.written or violation.read or violation.saved
+        where = f"{place}  {place.source}" if place else "(no user code on the stack)"
+        parts.append(f"{violation.headline}\n  {where}\n  {answer}: {site.reason}\n  hit:   {_who(report, site)}\n")
     parts += [f"not watched: {what}" for what in sorted(report.unwatched)]
     parts += [f"note: {note}" for note in report.told()]
     return "\n".join([*parts, f"torchguard: {report.summary()}", ""])
@@ -193,7 +195,7 @@ def text(report: Report) -> str:
 
 def _who(report: Report, site: Any) -> str:
     where: Iterable[str] = (
-        f"{times} times by {report.processes[hit.process].name}, thread {hit.thread}"
+        f"{'once' if times == 1 else f'{times} times'} by {report.processes[hit.process].name}, thread {hit.thread}"
         + (f", in {hit.test}" if hit.test else "")
         for hit, times in site.hits.items()
     )
