@@ -268,6 +268,37 @@ def test_no_two_processes_have_one_name(
         assert Path(writer.path).exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="flock")
+def test_two_jobs_at_one_time_do_not_write_to_one_file() -> None:
+    waits = (
+        "import sys\nfrom report_samples import violation\nfrom torchguard._report import open_report\n"
+        "with open_report('r.jsonl') as writer:\n    writer.add(violation(operation='exp_()'))\n"
+        "    print('ready', flush=True)\n    sys.stdin.read()\n"
+    )
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    other = subprocess.Popen(
+        [sys.executable, "-c", waits],
+        env=environment(PYTHONPATH=path),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        mine = written(Path("r.jsonl"), violation()).path
+        other.communicate(timeout=60)
+    finally:
+        other.kill()
+        other.communicate()
+    assert re.fullmatch(rf"r\.\S+\.pid{os.getpid()}\.jsonl", Path(mine).name)
+    assert [site.violation["operation"] for site in merge(["r.jsonl", mine], "all.json").findings] == [
+        "exp_()",
+        "zero_()",
+    ]
+    assert Path(written(Path("r.jsonl"), violation()).path).name == "r.jsonl", "once the other is through"
+
+
 def test_a_job_started_by_slurm_or_mpi_has_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, size in (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
         with monkeypatch.context() as patched:

@@ -78,6 +78,19 @@ def _versions() -> str:
     return ", ".join(told)
 
 
+def _lock(descriptor: int) -> bool:
+    """Keep a file until it is closed, or the process ends; False if another process keeps it."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows; a file system without locks
+        return True
+    return True
+
+
 class ReportWriter:
     """Writes the report of this process; made by :func:`open_report`. Any thread may add to it; what goes wrong after
     it is open is said, and raises nothing.
@@ -108,6 +121,7 @@ class ReportWriter:
         self._descriptor = -1
         self._broken = False
         self._closed = False
+        self._crowded = False  # whether another job writes to the path now
         self._path = ""
         self._root = os.sep
         rank = rank_of_this_process()
@@ -123,7 +137,7 @@ class ReportWriter:
             stem += ".rank%r"
         # torchrun starts a rank that died again: its report must not take the place of the first one's.
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
-        if "%p" not in stem and (of_a_rank or self._child or restarted):
+        if "%p" not in stem and (of_a_rank or self._child or self._crowded or restarted):
             stem += ".pid%p" if "%h" in stem else ".%h.pid%p"
         told = {"%p": pid, "%r": "0" if rank is None else str(rank), "%h": host}
         return re.sub("%[prh]", lambda match: told[match[0]], stem) + suffix
@@ -132,7 +146,14 @@ class ReportWriter:
         self._path = self._name()
         self._root = self._find_root()
         try:
-            self._open_journal(os.O_TRUNC)
+            self._open_journal()
+            if not _lock(self._descriptor) and not self._crowded:
+                self._close_descriptor()
+                self._crowded = True
+                self._path = self._name()
+                self._open_journal()
+                _lock(self._descriptor)
+            os.ftruncate(self._descriptor, 0)
             if self.journal != self._path:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._path)  # one of an earlier run, which this run would seem to have written
@@ -142,16 +163,17 @@ class ReportWriter:
         for what in self._report.unwatched:  # told before there was a file
             self._write({"record": "unwatched", "what": what})
 
-    def _open_journal(self, flag: int) -> None:
+    def _open_journal(self) -> None:
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | flag | getattr(os, "O_BINARY", 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         self._descriptor = os.open(self.journal, flags, 0o666)
 
     def _bring_back(self) -> None:
         """A program that begins by emptying its output directory may have removed the report: write it again."""
         if self._descriptor >= 0 and not os.path.lexists(self.journal):
             self._close_descriptor()
-            self._open_journal(os.O_EXCL)
+            self._open_journal()
+            _lock(self._descriptor)
             for record in (process_record(self._process), *self._report.records()):
                 self._write(record)
 
