@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench compare probe clean
+.PHONY: help demo test lint format docs gallery bench compare probe clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ lint: $(VENV)/installed-dev ## ruff (format and rules) and mypy, changing nothin
 format: $(VENV)/installed-dev ## let ruff format and fix what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/installed-dev ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+
+gallery: $(VENV)/installed-dev ## run the scripts of the gallery and write docs/gallery.md (ARGS=--check)
+	@$(BIN)/python tools/gallery.py $(ARGS)
 
 bench: $(VENV)/installed-dev ## how much slower each workload is under the guard (ARGS="--device cuda")
 	$(BIN)/python -m benchmarks.ratios $(ARGS)
