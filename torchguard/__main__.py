@@ -20,7 +20,7 @@ from torchguard._config import Layer
 
 #: What ``torchguard WORD`` does, where the word is not a program: the module with its ``main``. (A script of that name
 #: is run by ``torchguard ./WORD``.)
-_COMMANDS = {"demo": "torchguard._demo"}
+_COMMANDS = {"demo": "torchguard._demo", "merge": "torchguard._report._merging"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="torchguard",
         usage="\n       ".join(
-            ("%(prog)s [options] SCRIPT [ARGS ...]", "%(prog)s [options] -m MODULE [ARGS ...]", "%(prog)s demo")
+            (
+                "%(prog)s [options] SCRIPT [ARGS ...]",
+                "%(prog)s [options] -m MODULE [ARGS ...]",
+                "%(prog)s merge FILES ... -o OUT",
+                "%(prog)s demo",
+            )
         ),
         description="Run a program under the guard, as Python would run it.",
         epilog=f"Exit status: the program's own; {_config.EXIT_STATUS} (or --exitcode) if it succeeded although "
@@ -53,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--at", metavar="MOMENT", help=f"when to judge: {', '.join(_config.MOMENTS)}")
     parser.add_argument("--every-call", action="store_true", default=None, help="also see calls that no patch sees")
     parser.add_argument(
-        "--report", metavar="FILE", help="write the violations there (text; JSON lines if it ends in .jsonl)"
+        "--report", metavar="FILE", help=f"write the violations there; ends in {', '.join(_config.REPORTS)}"
     )
     parser.add_argument("--exitcode", metavar="N", help="exit status if only violations went wrong; 0 leaves it alone")
     parser.add_argument(

@@ -164,6 +164,18 @@ def _path(value: Any, directory: str | None) -> str:
     return os.path.abspath(os.path.join(directory or "", os.path.expanduser(os.fspath(value))))
 
 
+#: What a report's path may end in; what each is for is told in docs/reports.md.
+REPORTS: tuple[str, ...] = (".jsonl", ".json", ".sarif", ".html", ".txt")
+
+
+def _report(value: Any, directory: str | None) -> str:
+    path = _path(value, directory)
+    suffix = os.path.splitext(path)[1]
+    if suffix.lower() not in REPORTS:
+        raise _Bad(f"does not say by its ending what kind of report to write{nearest(suffix, REPORTS)}")
+    return path
+
+
 def _lines_or_path(value: Any, directory: str | None) -> str | tuple[str, ...]:
     if isinstance(value, (list, tuple)):
         if not all(isinstance(line, str) for line in value):
@@ -176,7 +188,7 @@ _PARSERS: dict[str, Callable[[Any, str | None], Any]] = {
     "mode": _one_of("mode", lambda: ("off", *MODES)),
     "at": _one_of("moment", lambda: MOMENTS),
     "every_call": _boolean,
-    "report": _path,
+    "report": _report,
     "exitcode": _integer(0, 255),
     "suppressions": _lines_or_path,
     "max_reports": _integer(0, None),

@@ -132,6 +132,14 @@ def parse(line: str, source: str) -> Suppression | None:
     )
 
 
+_BY = " (suppressed by "
+
+
+def gave(reason: str | None) -> bool:
+    """Whether a reason to allow a violation is that of a suppression, and not of an ``allow`` block."""
+    return reason is not None and _BY in reason and reason.endswith(")")
+
+
 class Suppressions:
     """A list of them, which remembers which ones have matched."""
 
@@ -147,7 +155,7 @@ class Suppressions:
         for suppression in self.all:
             if suppression.matches(violation):
                 self.used.add(suppression.text)
-                return f"{suppression.reason} (suppressed by {suppression.source})"
+                return f"{suppression.reason}{_BY}{suppression.source})"
         return None
 
     def stale(self) -> list[Suppression]:

@@ -198,6 +198,32 @@ class Violation:
         data["shape"] = list(self.shape)
         return data
 
+    @property
+    def headline(self) -> str:
+        """What happened, in one line."""
+        return self._headline()
+
+    @property
+    def explanation(self) -> str:
+        """Why autograd cannot see it, and what follows."""
+        return " ".join(self._explanation())
+
+    @property
+    def ways_out(self) -> list[str]:
+        """What to do about it, a line each."""
+        return [" ".join(line.split()) for line in self._ways_out(lambda text, what: text)]
+
+    def timeline(self) -> list[tuple[str, Place | None, str]]:
+        """The life of the memory in order: saved, aliased, written, read; where, and what is known about it."""
+        return [
+            (
+                label,
+                place,
+                ", ".join(part for part in ("" if place else self._unknown(label).strip("()"), note) if part),
+            )
+            for label, place, note in self._places()
+        ]
+
     def __str__(self) -> str:
         return self.render()
 
