@@ -77,6 +77,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_aliases", "_memory", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch", "_verdict",
         "_violation", "_writers",
     },
+    "integrations.__init__": set(),
+    "integrations._callback": {"_config", "_findings", "_violation", "guard"},
+    "integrations.lightning": {"integrations._callback"},
+    "integrations.transformers": {"integrations._callback"},
     "guard": {"_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_suppressions", "_violation"},
     "pytest_plugin": {
         "_config", "_model", "_plain_report", "_suppressions", "_switch", "_tracebacks", "_violation", "guard",
@@ -86,15 +90,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 #: These know plain values only: they are tested without a tensor.
 WITHOUT_TORCH = {
     "__init__", "__main__", "_config", "_demo", "_findings", "_ledger", "_model", "_overlap", "_plain_report", "_policy",
-    "_suppressions", "_switch", "_tracebacks", "_violation", "guard", "pytest_plugin",
+    "_suppressions", "_switch", "_tracebacks", "_violation", "guard", "integrations.__init__", "integrations._callback",
+    "integrations.lightning", "integrations.transformers", "pytest_plugin",
 }  # fmt: skip
 
 #: What may be imported from outside, beside the standard library.
 MAY_IMPORT_WRAPT = {"_intercept"}
 MAY_IMPORT_PYTEST = {"pytest_plugin"}
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-TREES = {name: ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES}
+MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
+TREES = {name: ast.parse((PACKAGE / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")) for name in MODULES}
 
 
 def imports(tree: ast.AST, type_checking: bool = True) -> set[str]:
@@ -121,7 +126,15 @@ def imports(tree: ast.AST, type_checking: bool = True) -> set[str]:
 
 
 def ours(name: str, type_checking: bool = True) -> set[str]:
-    return {dotted.split(".")[1] for dotted in imports(TREES[name], type_checking) if dotted.startswith("torchguard.")}
+    dotted = (dotted for dotted in imports(TREES[name], type_checking) if dotted.startswith("torchguard."))
+    return {module_in(name.removeprefix("torchguard.")) for name in dotted}
+
+
+def module_in(dotted: str) -> str:
+    """``guard.Guard`` is a name of the module ``guard``."""
+    while dotted not in MODULES and "." in dotted:
+        dotted = dotted.rpartition(".")[0]
+    return dotted
 
 
 def test_the_table_has_every_module() -> None:

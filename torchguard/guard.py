@@ -136,6 +136,9 @@ class Guard(_Block):
         self.listener: Callable[[Violation, bool], None] | None = None
         #: How many sites to warn of; None for all.
         self.max_reports: int | None = None
+        #: Which step of the training this is, or a function that says so: what is found is reported with it. A training
+        #: loop sets it (``guard.step = i``); the trainers' callbacks do so themselves.
+        self.step: int | Callable[[], int] | None = None
         self._warned = 0
         self._state: Literal["new", "entered", "left"] = "new"
         self._pairs: list[tuple[Any, int]] = []
@@ -148,6 +151,7 @@ class Guard(_Block):
     def _fresh(self) -> Guard:
         guard = Guard(self.action, self.at, self.depth, self.every_call, self.suppressions)
         guard.findings = self.findings  # what the calls of a decorated function find, the decorator knows
+        guard.step = self.step
         return guard
 
     # ---- entering and leaving
@@ -237,6 +241,7 @@ class Guard(_Block):
         reason = self.suppressions.reason_for(violation)
         if reason is not None:
             violation = replace(violation, allowed=reason)
+        violation = self._with_step(violation)
         new = self.findings.keep(violation)
         if self.listener is not None:
             self.listener(violation, new)
@@ -256,9 +261,17 @@ class Guard(_Block):
 
     def record_allowed(self, violation: Violation) -> None:
         """Keep a violation that is allowed. (Called by torchguard.)"""
+        violation = self._with_step(violation)
         new = self.findings.keep(violation)
         if self.listener is not None:
             self.listener(violation, new)
+
+    def _with_step(self, violation: Violation) -> Violation:
+        try:
+            step = self.step() if callable(self.step) else self.step
+            return violation if step is None else replace(violation, step=int(step))
+        except Exception:  # the user's function, or the user's number: the violation must be told all the same
+            return violation
 
     def note_unwatched(self, what: str) -> None:
         """Keep what is out of sight. (Called by torchguard.)"""
