@@ -17,9 +17,10 @@ PACKAGE = Path(torchguard.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_switch", "_violation", "guard"},
     "__main__": {"_config", "_switch", "_tracebacks"},
-    "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_aliases": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_collectives": {
-        "_aliases", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers", "_writes",
+        "_aliases", "_counts", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers",
+        "_writes",
     },
     "_compiled": {
         "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers",
@@ -27,14 +28,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_config": set(),
     "_counterless": set(),
+    "_counts": set(),
     "_demo": set(),
-    "_exports": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_exports": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_findings": {"_torch", "_violation"},
     "_fingerprint": {"_memory", "_torch"},
     "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_hooked": {
-        "_aliases", "_exports", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch",
-        "_verdict", "_violation",
+        "_aliases", "_counts", "_exports", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads",
+        "_saves", "_torch", "_verdict", "_violation",
     },
     "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
@@ -44,22 +46,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
     "_ledger": set(),
-    "_memory": {"_model", "_torch"},
+    "_memory": {"_counts", "_model", "_torch"},
     "_model": set(),
     "_overlap": {"_model"},
     "_places": {"_model"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
+    "_progress": {"guard"},
     "_reads": {
-        "_aliases", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves", "_torch",
-        "_verdict", "_violation",
+        "_aliases", "_counts", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves",
+        "_torch", "_verdict", "_violation",
     },
     "_recompute": {
         "_memory", "_places", "_policy", "_replay", "_rereads", "_torch", "_verdict", "_violation", "_writers",
     },
     "_refusal": {"_torch"},
-    "_replay": {"_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
+    "_replay": {"_counts", "_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
     "_report": {"_report._merging", "_report._records", "_report._writer"},
     "_report._files": {"_config", "_report._page", "_report._records", "_report._sarif"},
     "_report._highlight": set(),
@@ -71,28 +74,37 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_report._writer": {"_report._files", "_report._records", "_report._source", "_violation"},
     "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves"},
     "_saves": {
-        "_aliases", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation",
+        "_aliases", "_counts", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch",
+        "_violation",
     },
+    "_stats": {"_counts", "_saves", "_torch"},
     "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
     "_suppressions": {"_violation"},
-    "_switch": {"_config", "_findings", "_policy", "_report", "_suppressions", "_violation", "guard"},
+    "_switch": {"_config", "_findings", "_policy", "_progress", "_report", "_suppressions", "_violation", "guard"},
     "_torch": set(),
     "_tracebacks": {"_violation"},
     "_verdict": {"_memory", "_places", "_policy", "_saves", "_torch", "_violation"},
     "_violation": {"_model"},
     "_writers": {"_counterless", "_torch"},
     "_writes": {
-        "_aliases", "_memory", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch", "_verdict",
-        "_violation", "_writers",
+        "_aliases", "_counts", "_memory", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch",
+        "_verdict", "_violation", "_writers",
     },
-    "guard": {"_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_suppressions", "_violation"},
+    "guard": {
+        "_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_stats", "_suppressions", "_violation",
+    },
+    "integrations": set(),
+    "integrations._callback": {"_config", "_findings", "_violation", "guard"},
+    "integrations.lightning": {"integrations._callback"},
+    "integrations.transformers": {"integrations._callback"},
     "pytest_plugin": {"_config", "_model", "_report", "_suppressions", "_switch", "_tracebacks", "_violation", "guard"},
 }  # fmt: skip
 
 #: These know plain values only: they are tested without a tensor.
 WITHOUT_TORCH = {
-    "__init__", "__main__", "_config", "_demo", "_findings", "_ledger", "_model", "_overlap", "_policy",
-    "_suppressions", "_switch", "_tracebacks", "_violation", "guard", "pytest_plugin",
+    "__init__", "__main__", "_config", "_counts", "_demo", "_findings", "_ledger", "_model", "_overlap", "_policy",
+    "_progress", "_stats", "_suppressions", "_switch", "_tracebacks", "_violation", "guard", "integrations",
+    "integrations._callback", "integrations.lightning", "integrations.transformers", "pytest_plugin",
 } | {name for name in MAY_IMPORT if name.startswith("_report")}  # fmt: skip
 
 #: What may be imported from outside, beside the standard library.

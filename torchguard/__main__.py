@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         "--suppressions", metavar="FILE", help="violations to live with, GLOB[:LINE|:FUNCTION] [KIND] -- REASON"
     )
     parser.add_argument("--max-reports", metavar="N", help="how many sites to warn of and to list at the end")
+    parser.add_argument(
+        "--progress", action="store_true", default=None, help="say now and then how far it is, if there is a terminal"
+    )
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser

@@ -20,6 +20,7 @@ from weakref import ref
 import torch
 
 from torchguard import _memory, _torch
+from torchguard._counts import COUNTS
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
@@ -127,6 +128,7 @@ class Aliases:
         """Take down an alias that has just been made."""
         if storage in self.young:
             self._grow(storage)
+        COUNTS.aliases += 1
         record = AliasRecord(alias, instruction, version)
         records = self.by_storage.get(storage)
         if records is None:

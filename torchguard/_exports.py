@@ -24,6 +24,7 @@ from weakref import ref
 import torch
 
 from torchguard import _memory, _torch
+from torchguard._counts import COUNTS
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
@@ -180,6 +181,7 @@ class Exports:
             for other in shared.exports:
                 if other.hold is None and (other.span is None or other.span == span):
                     return other  # nothing new
+        COUNTS.exports += 1
         shared.exports.append(export)
         return export
 

@@ -30,6 +30,7 @@ import torch.utils.checkpoint
 
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
+from torchguard._counts import COUNTS
 from torchguard._exports import EXPORTS, Export
 from torchguard._overlap import overlaps
 from torchguard._reads import collector, export_behind
@@ -407,6 +408,7 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> Hooked
     if form[0] and judged.numel() * judged.element_size() <= PROOF_BYTES_AT_SAVE:
         remarks = save.remark()  # for a tracked write that nobody sees coming
         if remarks.proof is None:
+            COUNTS.copies += 1
             remarks.proof = judged.detach().clone()
     EXPORTS.meet(save, storage, tensor.grad_fn)
     LEDGER.add(save)

@@ -56,6 +56,7 @@ class Ledger(Generic[E]):
         self._extent_of = extent_of
         self._is_foreign = is_foreign or self._extent_is_foreign
         self.pending: deque[ref[E]] = deque()
+        self.filed = 0  # how many have been taken from ``pending`` so far
         self.filing: list[None] = []  # not empty while a thread has a save in its hands that is in neither
         self.groups: dict[int, list[ref[E]]] = {}
         self.foreign: dict[int, Extent] = {}
@@ -94,11 +95,13 @@ class Ledger(Generic[E]):
         groups, is_foreign, filing = self.groups, self._is_foreign, self.filing
         with self._lock:
             filing.append(None)
+            taken = 0
             while pending:
                 try:
                     item = pending.popleft()
                 except IndexError:  # another thread took the last one
                     break
+                taken += 1
                 entry = item()
                 if entry is None:
                     continue
@@ -122,6 +125,7 @@ class Ledger(Generic[E]):
                         self._thin_at[storage] = 2 * len(group) + _LARGE
             if len(self.groups) > self._sweep_at:
                 self._sweep()
+            self.filed += taken
             filing.clear()
 
     def _extent_is_foreign(self, entry: E) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchguard import _torch
+from torchguard._counts import COUNTS
 from torchguard._model import Span
 
 #: Types whose attributes can be read without calling user code.
@@ -168,6 +169,7 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
         low = min(reach.start for reach in reaches) // _ALIGNMENT * _ALIGNMENT
         high = max(reach.stop for reach in reaches)
         storage = inner[0].untyped_storage()
+        COUNTS.copies += 1
         memory = over(storage, torch.uint8, low, (high - low,), (1,)).clone().untyped_storage()
         for given, tensor, reach in zip(group, inner, reaches, strict=True):
             offset = (reach.start - low) // tensor.element_size()

@@ -15,6 +15,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
 from torchguard._aliases import ALIASES, AliasRecord
+from torchguard._counts import SLOW_PATH
 from torchguard._exports import EXPORTS, Export
 from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, Part, Save
@@ -113,12 +114,11 @@ def _examine(save: Save) -> None:
     seen = rebound or remarks.compare or remarks.suspect is not None
     if not seen and (not remarks.exports or remarks.proof is None):
         return
-    if save.is_back or save.is_proven:
-        remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
-        return
-    if _unused(save):
-        return
-    _report(save, "rebind" if rebound else "unseen" if seen else "exported")
+    with SLOW_PATH:
+        if save.is_back or save.is_proven:
+            remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
+        elif not _unused(save):
+            _report(save, "rebind" if rebound else "unseen" if seen else "exported")
 
 
 def _unused(save: Save) -> bool:

@@ -23,6 +23,7 @@ import torch
 
 from torchguard import _fingerprint, _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
+from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._exports import EXPORTS, FRESH, OWN_NODES, Export
 from torchguard._ledger import Extent, Ledger
 from torchguard._violation import Kind
@@ -156,7 +157,9 @@ class Save:
                 return
             remarks.lent = False
             if remarks.proof is None and _memory.span_of(tensor) is not None and _memory.readable(tensor):
-                remarks.proof = tensor.detach().clone()
+                with SLOW_PATH:
+                    COUNTS.copies += 1
+                    remarks.proof = tensor.detach().clone()
 
     def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
         """A write is coming that nobody can judge now: keep proof, and compare when backward reads."""

@@ -26,7 +26,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchguard import _config, _policy, _suppressions
+from torchguard import _config, _policy, _progress, _suppressions
 from torchguard._config import Config, Layer
 from torchguard._violation import Violation
 
@@ -63,6 +63,7 @@ def enable(
     exitcode: int | None = None,
     suppressions: str | os.PathLike[str] | Sequence[str] | None = None,
     max_reports: int | None = None,
+    progress: bool | int | None = None,
 ) -> Guard:
     """Switch the guard on for the whole process, all threads, until :func:`disable`; replaces one that is on.
 
@@ -78,6 +79,8 @@ def enable(
             status is left alone.
         suppressions: path of a file, or a list of lines, with violations to live with.
         max_reports: how many sites to warn of.
+        progress: say now and then, on standard error, how far it is: True if that is a terminal, or every so many
+            seconds (from 2 up) wherever it leads.
 
     Raises:
         ValueError: for an argument that cannot be used.
@@ -92,6 +95,7 @@ def enable(
         "exitcode": exitcode,
         "suppressions": suppressions,
         "max_reports": max_reports,
+        "progress": progress,
     }
     arguments = Layer("enable()", given)
     alone, wrong = _config.resolve([arguments])
@@ -249,6 +253,7 @@ class Session:
         self.layers = list(layers)
         self.guard: Guard | None = None
         self.status: int | None = None
+        self._progress: _progress.Progress | None = None
         self._began = False
         self._beginning = False
         self._asked_to_exit: Any = None
@@ -307,6 +312,8 @@ class Session:
             self._began = True
             _cover_other_threads(guard)
             self._finish_with_multiprocessing()
+            if not self._child:
+                self._progress = _progress.begin(guard, self.config.progress, say)
         except Exception as error:
             say(f"could not be switched on: {type(error).__name__}: {error}")
         finally:
@@ -315,6 +322,9 @@ class Session:
     def pause(self) -> None:
         """Switch the guard off."""
         guard, self.guard = self.guard, None
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.end()
         if guard is not None:
             guard.leave()
             if self._report is not None:
@@ -411,6 +421,7 @@ class Session:
         self._lock = threading.RLock()
         self._sites = {}
         self._child = True
+        self._progress = None
         if self.guard is not None:
             from torchguard._findings import Findings
 

@@ -168,6 +168,7 @@ class Violation:
         allowed: the reason given to :func:`torchguard.allow`, or None.
         thread: name of the thread that wrote.
         times: how often this site was hit while the guard was on.
+        step: the step of the training that it was first hit in, if the guard was told (``Guard.step``).
     """
 
     kind: Kind
@@ -186,6 +187,7 @@ class Violation:
     thread: str = "MainThread"
     times: int = 1
     read: Place | None = None
+    step: int | None = None
 
     @property
     def site(self) -> tuple[Any, ...]:
@@ -238,6 +240,8 @@ class Violation:
             where, source = (str(place), place.source) if place else (self._unknown(label), "")
             body = "  ".join(part for part in (paint(where, "place"), source) if part)
             lines.append(f"  {paint(f'{label:<9}', 'label')} {body}{'     ' + note if note else ''}")
+        if self.step is not None:
+            lines.append(f"  {paint('step     ', 'label')} {self.step}")
         lines += ["", *(f"  {line}" for line in self._explanation()), *self._ways_out(paint)]
         return "\n".join(lines)
 

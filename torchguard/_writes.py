@@ -20,6 +20,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
+from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._overlap import overlaps
 from torchguard._rereads import Reread, note_write, rereads_of, running
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
@@ -83,6 +84,7 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     """
     if not LEDGER.any_alive():
         return call(*args, **kwargs)
+    COUNTS.writes += 1
     if not _policy.state.guards:
         _note_thread()
     watched: list[int] = []
@@ -101,7 +103,8 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
                 one.put_down_to(writer.title, here)
             proven.clear()
     if hits:
-        error = _judge(writer, call, args, kwargs, hits)
+        with SLOW_PATH:
+            error = _judge(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
             rehearsal = error.rehearsal
             del error
@@ -416,7 +419,9 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     rereads = rereads_of(tensor)
     frame = sys._getframe(1)
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
-        error = None if _same(tensor, value) else _judge_rebinding(saves, undecided)
+        COUNTS.writes += 1
+        with SLOW_PATH:
+            error = None if _same(tensor, value) else _judge_rebinding(saves, undecided)
         if error is not None:
             try:
                 raise error

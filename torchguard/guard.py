@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from torchguard import _config, _hooks, _intercept, _policy, _reads, _suppressions
 from torchguard._findings import Findings
+from torchguard._stats import Stats, Tally
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -112,6 +113,10 @@ class Guard(_Block):
             guard), at the cost of about a microsecond for every torch call.
         suppressions: violations to live with: path of a file, or lines ``GLOB[:LINE|:FUNCTION] [KIND] -- REASON``.
 
+    Attributes:
+        step: which step of the training this is, or a function that says so: what is found is reported with it. A
+            training loop sets it (``guard.step = i``); the trainers' callbacks do so themselves.
+
     Raises:
         ValueError: for an action, a moment or a depth that does not exist, or a suppression that cannot be read.
     """
@@ -141,6 +146,9 @@ class Guard(_Block):
         self.listener: Callable[[Violation, bool], None] | None = None
         #: How many sites to warn of; None for all.
         self.max_reports: int | None = None
+        self.step: int | Callable[[], int] | None = None
+        #: Counts while it is on. (Used by torchguard.)
+        self.tally = Tally()
         self._warned = 0
         self._state: Literal["new", "entered", "left"] = "new"
         self._pairs: list[tuple[Any, int]] = []
@@ -153,6 +161,8 @@ class Guard(_Block):
     def _fresh(self) -> Guard:
         guard = Guard(self.action, self.at, self.depth, self.every_call, self.suppressions)
         guard.findings = self.findings  # what the calls of a decorated function find, the decorator knows
+        guard.step = self.step
+        guard.tally = self.tally
         return guard
 
     # ---- entering and leaving
@@ -172,6 +182,7 @@ class Guard(_Block):
             )
         self._thread = threading.get_ident()
         _intercept.install()
+        self.tally.begin()
         try:
             _policy.enter(self, everywhere)
             if everywhere:
@@ -217,6 +228,7 @@ class Guard(_Block):
                 _hooks.abandon(pair, thread)
         _policy.leave(self)
         _intercept.uninstall()
+        self.tally.end()
 
     # ---- what it found
 
@@ -235,6 +247,11 @@ class Guard(_Block):
         """What this build of torch, or this program, keeps out of the guard's sight, and why."""
         return self.findings.unwatched()
 
+    @property
+    def stats(self) -> Stats:
+        """What has been done while the guard was on, counted in all threads. Looks at each live save."""
+        return self.tally.stats()
+
     # ---- what the policy calls
 
     def respond(self, violation: Violation) -> None:
@@ -242,6 +259,7 @@ class Guard(_Block):
         reason = self.suppressions.reason_for(violation)
         if reason is not None:
             violation = replace(violation, allowed=reason)
+        violation = self._with_step(violation)
         new = self.findings.keep(violation)
         if self.listener is not None:
             self.listener(violation, new)
@@ -261,9 +279,17 @@ class Guard(_Block):
 
     def record_allowed(self, violation: Violation) -> None:
         """Keep a violation that is allowed. (Called by torchguard.)"""
+        violation = self._with_step(violation)
         new = self.findings.keep(violation)
         if self.listener is not None:
             self.listener(violation, new)
+
+    def _with_step(self, violation: Violation) -> Violation:
+        try:
+            step = self.step() if callable(self.step) else self.step
+            return violation if step is None else replace(violation, step=int(step))
+        except Exception:  # the user's function, or the user's number: the violation must be told all the same
+            return violation
 
     def note_unwatched(self, what: str) -> None:
         """Keep what is out of sight. (Called by torchguard.)"""
