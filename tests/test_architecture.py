@@ -16,7 +16,7 @@ PACKAGE = Path(torchguard.__file__).parent
 #: module uses any more is to be taken out.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_switch", "_violation", "guard"},
-    "__main__": {"_config", "_switch", "_tracebacks"},
+    "__main__": {"_config", "_suppressions", "_switch", "_tracebacks"},
     "_aliases": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_collectives": {
         "_aliases", "_counts", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers",

@@ -123,6 +123,21 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("where", ["pyproject.toml", "TORCHGUARD"])
+def test_a_mode_that_does_not_exist_is_not_taken_for_off(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.py").write_text("raise AssertionError('run unguarded')\n")
+    (tmp_path / "pyproject.toml").write_text("[tool.torchguard]\nmode = 'strcit'\n" if where != "TORCHGUARD" else "")
+    monkeypatch.chdir(tmp_path)
+    if where == "TORCHGUARD":
+        monkeypatch.setenv("TORCHGUARD", "strcit")
+    else:
+        monkeypatch.delenv("TORCHGUARD", raising=False)
+    assert command_line.main(["x.py"]) == 2
+    assert "'strcit' is not a mode of this version; did you mean 'strict'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -130,6 +145,7 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
         (["--mode", "repair,", "x.py"], "--mode='repair,' is not a mode of this version"),
         (["--exitcode", "x", "x.py"], "--exitcode='x' is not a number from 0 to 255"),
         (["--reprot", "r", "x.py"], "unknown option '--reprot'; did you mean '--report'?"),
+        (["--suppressions", "nope.txt", "x.py"], "nope.txt: No such file or directory"),
         (["--mode"], "argument --mode: expected one argument"),
         ([], "say which program to run"),
         (["-m"], "say which program to run"),

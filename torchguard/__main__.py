@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from torchguard import _config, _switch, _tracebacks
+from torchguard import _config, _suppressions, _switch, _tracebacks
 from torchguard._config import Layer
 
 #: What ``torchguard WORD`` does, where the word is not a program: the module with its ``main``. (A script of that name
@@ -85,14 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("say which program to run: a script, or -m and a module")
     layers = [Layer("", {_as_written(key): value for key, value in told.items() if value is not None})]
     _, wrong = _config.resolve(layers)
+    wrong += _suppressions.read(told["suppressions"], "--suppressions")[1]
     if wrong:
-        _switch.say(wrong[0].rpartition(";")[0])
+        _switch.say(wrong[0].rpartition(";")[0] or wrong[0])
         return 2
     environment, problems = _config.of_environment(os.environ)
     project, more = _config.of_project()
     config, rest = _config.resolve([*layers, *environment, *project], default="strict")
     for problem in (*problems, *more, *rest):
         _switch.say(problem)
+    if rest and config.mode == "off":  # a mode that does not exist, in a file or a variable: nobody asked for "off"
+        return 2
     run = _module(module) if module else _script(program)
     session = _switch.arm(config, layers)
     try:

@@ -407,7 +407,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not (found or stale or run.problems):
         return
     count = f"{len(found) or 'no'} {'violation' if len(found) == 1 else 'violations'}"
-    terminalreporter.section(f"torchguard: {count}")
+    terminalreporter.section(f"torchguard: {count if run.on or found else 'not switched on'}")
     for site in found:
         place = site.violation.written or site.violation.read
         where = f"{place}  {place.source}" if place is not None else "(no user code on the stack)"
