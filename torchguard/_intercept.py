@@ -33,6 +33,7 @@ from torchguard import (
     _policy,
     _pools,
     _preserved,
+    _reads,
     _recompute,
     _refusal,
     _storages,
@@ -42,7 +43,6 @@ from torchguard import (
 )
 from torchguard._aliases import ALIASES
 from torchguard._exports import EXPORTS
-from torchguard._reads import DETACHED
 from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
@@ -357,7 +357,7 @@ def _detach_in_place(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
     saves = _writes.detached_in_place(tensor) if isinstance(tensor, torch.Tensor) else []
     result = wrapped(*args, **kwargs)
     for save in saves:
-        save.version = DETACHED
+        save.version = _reads.DETACHED
     return result
 
 
@@ -371,6 +371,7 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     for tensor in tensors:
         ALIASES.forget(tensor)
         held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor) if save.checked]
+        _reads.let_go(tensor)
         _hooked.let_go(tensor)
     try:
         with let_go(tensors, "swap_tensors()"):
