@@ -504,9 +504,15 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0) -> None:
     """Take down an alias with a counter of its own; watch the counter at once where a live save needs it."""
     storage = _memory.storage_of(alias)
-    if not storage or version < 0:
+    if not storage:
         return
     saves = LEDGER.in_storage(storage)
+    if version < 0:  # made in inference mode: it has no counter that would tell of a write
+        for save in saves:
+            save.keep_proof(PROOF_BYTES_AT_ALIAS)
+            if save.is_proven:
+                save.remark().compare = True
+        return
     record = ALIASES.enter(alias, storage, here, version)
     if saves:
         record.arm(alias)
