@@ -98,6 +98,14 @@ y2 = a1.exp()
 with torch.inference_mode(): torch.neg(y2.data, out=torch.empty(0).set_(y2.detach()))
 y2.sum().backward()
 """,
+    "detached_alias_of_a_dead_one_writes_nothing_new": """
+a1 = torch.zeros(3, 4).requires_grad_()
+y2 = a1 * a1
+c3 = a1.data.detach()
+y4 = a1 * a1
+torch._C.TensorBase.mul_(c3, 0.5)
+y4.sum().backward()
+""",
     "one_element_with_a_stride": """
 n1 = bytearray(48)
 a2 = torch.frombuffer(n1, dtype=torch.float32).requires_grad_()

@@ -117,7 +117,7 @@ def _under(program: Program, facts: Known, mode: str, make: Make) -> list[Failur
         fail("crash", "violations and warnings are not the same")
     if spoke and not facts.written and not facts.wrong:
         fail("false alarm", f"line {outcome.line}: {guard.violations[0]}")
-    if not spoke and facts.wrong:
+    if not spoke and facts.wrong and not (not guard.every_call and _out_of_sight(program)):
         fail("missed", ", ".join(facts.wrong))
     if not (raises and spoke):
         if plain.error is not None:
@@ -134,6 +134,15 @@ def _under(program: Program, facts: Known, mode: str, make: Make) -> list[Failur
         if more and not found:
             fail("kept", ", ".join(sorted(more)))
     return found
+
+
+_OWN_COUNTER = re.compile(r"(\.data\b|set_\(|Parameter\(|Tensor\(|copy\().*detach\(")
+_UNSEEN = re.compile(r"\bout=|torch\.ops|TensorBase")
+
+
+def _out_of_sight(program: Program) -> bool:
+    """Whether it makes unseen writes, and detaches an alias that is gone at once: a limit that is told."""
+    return any(map(_OWN_COUNTER.search, program)) and any(map(_UNSEEN.search, program))
 
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
