@@ -33,7 +33,7 @@ from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
 from torchguard._overlap import overlaps
 from torchguard._reads import collector
 from torchguard._rereads import Reread, running
-from torchguard._saves import LEDGER, OWN_FILES, Save, extent_of, operation_of_node
+from torchguard._saves import LEDGER, OWN_FILES, Save, copy_of, extent_of, operation_of_node
 from torchguard._torch import Hooks
 from torchguard._violation import Kind
 
@@ -415,7 +415,7 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recompute
     if form[0] and judged.numel() * judged.element_size() <= PROOF_BYTES_AT_SAVE:
         remarks = save.remark()  # for a tracked write that nobody sees coming
         if remarks.proof is None:
-            remarks.proof = judged.detach().clone()
+            remarks.proof = copy_of(judged)
     LEDGER.add(save)
     return save
 

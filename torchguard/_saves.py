@@ -157,7 +157,7 @@ class Save:
                 return
             remarks.lent = False
             if remarks.proof is None and _memory.span_of(tensor) is not None and _memory.readable(tensor):
-                remarks.proof = tensor.detach().clone()
+                remarks.proof = copy_of(tensor)
 
     def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
         """A write is coming that nobody can judge now: keep proof, and compare when backward reads."""
@@ -248,6 +248,16 @@ class Save:
         if self.node is not None:
             return operation_of_node(self.node.__name__)
         return "" if self.inner_code is None else _places.operation_of((self.inner_code, self.inner_offset))
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A copy that is proof of the saved bytes; None where there is no room for it, which must not end the program."""
+    try:
+        return tensor.detach().clone()
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        _policy.note_unwatched(f"the bytes of some saves: they could not be copied ({reason})")
+        return None
 
 
 def operation_of_node(name: str) -> str:

@@ -56,6 +56,13 @@ y2.relu_()
 t3 = torch.empty(0).set_(grid(4).untyped_storage())
 torch.utils.swap_tensors(t3, y2)
 """,
+    "tensor_swapped_with_itself_is_refused": """
+a1 = torch.nn.Parameter(grid(4))
+y2 = a1.exp() * 1
+y3 = y2.median()
+y4 = y2 * y2
+torch.utils.swap_tensors(y2, y2)
+""",
     "checkpoint_makes_anew_what_was_written_outside_torch": """
 a1 = grid(3, 4).requires_grad_()
 y2 = a1 * 1

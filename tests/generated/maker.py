@@ -345,7 +345,6 @@ ALIASES = """
 {e}.data.requires_grad_()
 {e}.detach().data
 getattr({e}, "data")
-torch.Tensor.data.__get__({e})
 torch.nn.Parameter({e}.data)
 torch.nn.Parameter({e})
 copy.copy({e}.detach())
@@ -361,8 +360,6 @@ dlpack.from_dlpack(dlpack.to_dlpack({e}.detach()))
 torch.empty(0).set_({e}.detach())
 torch.empty(0).set_({e}.data)
 torch.tensor([], dtype={e}.dtype).set_({e}.untyped_storage(), {e}.storage_offset(), {e}.shape, {e}.stride())
-torch.tensor([], dtype={e}.dtype).set_({e}.untyped_storage())
-torch.tensor([]).set_({e}.storage())
 """.strip().splitlines()
 
 #: What is no tensor and reaches the memory.

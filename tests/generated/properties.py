@@ -86,17 +86,19 @@ MODES: dict[str, Make] = {
 }
 
 
-def failures(program: Program, modes: dict[str, Make] = MODES, facts: Known | None = None) -> list[Failure]:
-    """The properties that do not hold."""
+def failures(
+    program: Program, modes: dict[str, Make] = MODES, facts: Known | None = None, collecting: bool = False
+) -> list[Failure]:
+    """The properties that do not hold; ``collecting``: with the garbage collector on."""
     facts = facts or known(program)
-    return [failure for mode, make in modes.items() for failure in _under(program, facts, mode, make)]
+    return [failure for mode, make in modes.items() for failure in _under(program, facts, mode, make, collecting)]
 
 
-def _under(program: Program, facts: Known, mode: str, make: Make) -> list[Failure]:
+def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bool) -> list[Failure]:
     guard = make()
     before = _torch_now()
     with quiet() as told:
-        outcome = run(program, guard)
+        outcome = run(program, guard, collecting=collecting)
     spoken = [note for note in told if issubclass(note.category, torchguard.SavedTensorCorruptionWarning)]
     found: list[Failure] = []
 

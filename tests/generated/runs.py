@@ -118,10 +118,11 @@ def run(
     around: AbstractContextManager[Any] | None = None,
     between: Callable[[], None] | None = None,
     threads: bool = True,
+    collecting: bool = False,
 ) -> Outcome:
     """Run a program; ``between`` is called after each line, and where a hook of the program says that it wrote.
 
-    Save hooks of its own belong to one thread: with ``threads=False`` the work of others is done there.
+    ``collecting`` leaves the garbage collector on. Save hooks of its own belong to one thread: with ``threads=False`` the work of others is done there.
     """
     outcome = Outcome()
     codes = compiled(program)
@@ -132,8 +133,9 @@ def run(
     if not threads:
         space["in_thread"] = lambda work: work()
     torch.manual_seed(20)
-    collecting = gc.isenabled()
-    gc.disable()
+    enabled = gc.isenabled()
+    if not collecting:
+        gc.disable()  # what outlives the run does so because of a cycle
     try:
         with around or nullcontext():
             for number, code in enumerate(codes):
@@ -148,7 +150,7 @@ def run(
         error.__context__ = None
         del error
     finally:
-        if collecting:
+        if enabled:
             gc.enable()
     _take_down(space, outcome)
     return outcome
