@@ -215,7 +215,7 @@ def look(
         for save in saves:
             if not save.checked and not save.tracked:
                 seen.append(save)
-            if not _may_write_to(writer, target, save):
+            if not _may_write_to(target, save):
                 continue
             silent = save.stashed or not (counted and save.shares_counter(target))
             if silent and save.certain:
@@ -227,14 +227,15 @@ def look(
             elif not save.checked:
                 kind: Kind = "unchecked" if not silent else ("write" if counted else "uncounted")
                 save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
+    if hits:  # a call that also writes to the saved tensor itself (``_foreach_``) moves its version: PyTorch refuses it
+        counting = [target for target in writer.targets(args, kwargs) if writer.counts(target, args, kwargs)]
+        hits[:] = [hit for hit in hits if hit.save.stashed or not any(map(hit.save.shares_counter, counting))]
 
 
-def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
-    """Whether the call may write to the save's memory, and PyTorch refuses neither the call nor the save."""
+def _may_write_to(target: torch.Tensor, save: Save) -> bool:
+    """Whether the call may write to the save's memory, and PyTorch does not refuse the save."""
     if save.moved and not save.stashed:
         return False  # PyTorch refuses this save already
-    if not writer.keeps_statistics and writer.refused(target):
-        return False
     return _may_overlap(target, save)
 
 
@@ -280,7 +281,8 @@ def _answer(
         return
     here = _places.user_instruction(frame)
     rehearsal: Rehearsal | None = None
-    if not _places.called_from(frame, _TRUSTED_FILES):
+    refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
+    if not refused and not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
             rehearsal = rehearse(writer, call, args, kwargs)
@@ -511,9 +513,15 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0) -> None:
     """Take down an alias with a counter of its own; watch the counter at once where a live save needs it."""
     storage = _memory.storage_of(alias)
-    if not storage or version < 0:
+    if not storage:
         return
     saves = LEDGER.in_storage(storage)
+    if version < 0:  # made in inference mode: it has no counter that would tell of a write
+        for save in saves:
+            save.keep_proof(PROOF_BYTES_AT_ALIAS)
+            if save.is_proven:
+                save.remark().compare = True
+        return
     record = ALIASES.enter(alias, storage, here, version)
     if saves:
         record.arm(alias)
