@@ -109,6 +109,7 @@ def search(
             if time.monotonic() - last_shown > 60:
                 last_shown = time.monotonic()
                 shown(f"# {seed - first} programs: {dict(found.kinds)}")
+        child.stdout.close()
         status = child.wait()
         if status:
             plain = phase in ("made", "known")  # without a guard: the next program, please
