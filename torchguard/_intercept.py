@@ -153,7 +153,69 @@ class _Routed(_Copied, wrapt.FunctionWrapper[Any, Any]):
         return self if instance is None else super().__get__(instance, owner)
 
 
-def _route_method(function: Any) -> Callable[..., Any]:
+def _of_what_is_wrapped(name: str) -> Any:
+    return property(lambda self: getattr(self.__wrapped__, name))
+
+
+class _BoundWriter(_Copied, functools.partial):  # type: ignore[type-arg]
+    # x.add_ while torch.Tensor.add_ is routed. Calling a partial is all in C; for all but a call it is what it stands
+    # for. (No __getattribute__: dynamo takes that for something that it cannot trace.)
+    __slots__ = ()
+
+    @property
+    def __wrapped__(self) -> Any:
+        return self.func.original.__get__(*self.args)  # type: ignore[attr-defined]
+
+    __class__ = _of_what_is_wrapped("__class__")
+    __doc__ = _of_what_is_wrapped("__doc__")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__wrapped__, name)
+
+    def __dir__(self) -> Any:
+        return dir(self.__wrapped__)
+
+    def __eq__(self, other: object) -> Any:
+        return self.__wrapped__ == (other.__wrapped__ if isinstance(other, _BoundWriter) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.__wrapped__)
+
+
+_BoundWriter.__module__ = _of_what_is_wrapped("__module__")
+
+
+class _RoutedWriter(_Routed):
+    """A routed method that writes, as it is found on the class."""
+
+    def __init__(self, function: Any, call: Callable[..., Any]) -> None:
+        super().__init__(function, lambda _, __, args, kwargs: call(*args, **kwargs))
+        self._self_call = call
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else _BoundWriter(self._self_call, instance)
+
+
+class _RoutedMethod:
+    """What stands in ``torch.Tensor`` for a method that writes.
+
+    Binding and calling through wrapt's descriptor takes five times as many instructions.
+    """
+
+    __slots__ = ("call", "on_class")
+
+    def __init__(self, on_class: _RoutedWriter, call: Callable[..., Any]) -> None:
+        self.on_class = on_class
+        self.call = call
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self.on_class if instance is None else _BoundWriter(self.call, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+def _route_method(function: Any) -> _RoutedMethod:
     """The route from a patched method of ``torch.Tensor`` into the override.
 
     Nearly all writes are to memory that no live save has anything to do with; they are let through here.
@@ -170,25 +232,25 @@ def _route_method(function: Any) -> Callable[..., Any]:
     foreign = LEDGER.foreign
     is_wrapper = _torch.is_wrapper
 
-    def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if pending or filing:
             file()
         if not groups:
-            return wrapped(*args, **kwargs)
+            return function(*args, **kwargs)
+        instance: Any = args[0] if args else None
         if type(instance) in plain and not foreign:
             try:
                 elsewhere = storage_id(instance) not in groups and not is_foreign(instance)
             except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
                 elsewhere = not is_wrapper(instance)
             if elsewhere:
-                return wrapped(*args, **kwargs)
+                return function(*args, **kwargs)
         if state.every_call and mode_active():
-            return wrapped(*args, **kwargs)  # the mode on the stack is about to see this call
-        if instance is None:  # called on the class
-            return judge(function, (), args, kwargs)
-        return judge(function, (), (instance, *args), kwargs)
+            return function(*args, **kwargs)  # the mode on the stack is about to see this call
+        return judge(function, (), args, kwargs)
 
-    return route
+    call.original = function  # type: ignore[attr-defined]
+    return _RoutedMethod(_RoutedWriter(function, call), call)
 
 
 def _route_function(function: Any) -> Callable[..., Any]:
@@ -407,7 +469,7 @@ def _prepare() -> list[_Patch]:
     torch.overrides.get_overridable_functions()
     torch.overrides.get_testing_overrides()
     patches = []
-    wrappers: dict[int, _Routed] = {}
+    wrappers: dict[int, _Routed | _RoutedMethod] = {}
     # torch._C._nn is replaced as a whole: its functions pickle by the module's name, which must lead to them.
     nn_functions = types.ModuleType(_torch.NN.__name__)
     nn_functions.__dict__.update(vars(_torch.NN))
@@ -419,13 +481,16 @@ def _prepare() -> list[_Patch]:
         (_torch.VF, _torch.VARIABLE_FUNCTIONS),
     ]
     for owner, namespace in spaces:
-        route_to = _route_method if namespace is torch.Tensor else _route_function
         for name, (function, writer) in _writers.writers_in(namespace, dir(namespace)).items():
             WRITERS[function] = writer
             wrapper = wrappers.get(id(function))
             if wrapper is None:
-                route = _route_statistics(function, writer) if writer.keeps_statistics else route_to(function)
-                wrapper = _Routed(function, route)
+                if namespace is torch.Tensor:
+                    wrapper = _route_method(function)
+                elif writer.keeps_statistics:
+                    wrapper = _Routed(function, _route_statistics(function, writer))
+                else:
+                    wrapper = _Routed(function, _route_function(function))
                 wrappers[id(function)] = wrapper
             if owner is nn_functions:
                 setattr(owner, name, wrapper)
@@ -545,11 +610,8 @@ def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
     for patch in patches:
         if isinstance(patch.replacement, types.ModuleType):
             wrappers.update((id(value), value) for value in vars(patch.replacement).values())
-    names = [
-        (wrapper, _torch.script_name(wrapper.__wrapped__))
-        for wrapper in wrappers.values()
-        if isinstance(wrapper, _Routed)
-    ]
+    routed = [wrapper.on_class if isinstance(wrapper, _RoutedMethod) else wrapper for wrapper in wrappers.values()]
+    names = [(wrapper, _torch.script_name(wrapper.__wrapped__)) for wrapper in routed if isinstance(wrapper, _Routed)]
     return [(wrapper, name) for wrapper, name in names if name is not None]
 
 
