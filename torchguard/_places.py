@@ -13,6 +13,7 @@ import re
 import sys
 from itertools import islice
 from types import CodeType, FrameType
+from typing import Any
 
 import torch
 
@@ -53,16 +54,18 @@ def is_library(filename: str) -> bool:
 
 def user_instruction(frame: FrameType | None) -> Instruction:
     """The innermost instruction on the stack from ``frame`` on that is in neither torch nor torchguard."""
-    while frame is not None:
-        code = frame.f_code
-        filename = code.co_filename
-        inside = inside_library.get(filename)
-        if inside is None:
-            inside = _library(filename)
-        if not inside:
-            return code, frame.f_lasti
-        frame = frame.f_back
-    return None
+    inside: Any = inside_library
+    at: Any = frame
+    while True:
+        try:  # a loop without calls: half the cost of a save is the walk
+            while inside[(code := at.f_code).co_filename]:
+                at = at.f_back
+        except KeyError:
+            _library(at.f_code.co_filename)
+        except AttributeError:
+            return None  # past the outermost frame
+        else:
+            return code, at.f_lasti
 
 
 def called_from(frame: FrameType | None, files: tuple[str, ...]) -> bool:

@@ -314,15 +314,19 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
     fresh_and_saved = FRESH + 1
     first = next_number()
     own_nodes = OWN_NODES
-    new = Save.__new__
     own_files = OWN_FILES
     view_node = _VIEW_NODE
+    # What an operation saves, it saves between two nodes of its thread, and from one instruction: the way from there
+    # to the user's code is walked once. (One tuple, so that a thread never sees half of what another wrote.)
+    walked: tuple[Any, ...] = (None, None, 0, None, 0)
 
     def record(tensor: torch.Tensor, storage: int) -> Save:
-        save = new(Save)  # attribute by attribute: half the time of a constructor with ten arguments
+        nonlocal walked
+        save = Save()  # attribute by attribute: half the time of a constructor with ten arguments
         save.remarks = None
         save.storage = storage
         save.version = tensor._version
+        number = next_number()
         try:
             frame: Any = getframe(2)
         except ValueError:  # an autograd thread: no Python code on the stack
@@ -330,19 +334,30 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
             save.code = save.inner_code = None
             save.offset = save.inner_offset = 0
         else:
-            code = save.code = frame.f_code
-            save.offset = frame.f_lasti
-            if inside_library.get(code.co_filename) is not False:
+            code = frame.f_code
+            offset = frame.f_lasti
+            if inside_library.get(code.co_filename) is False:
+                save.code = code
+                save.offset = offset
+            elif walked[0] == number and walked[1] is code and walked[2] == offset:
+                save.code = walked[3]
+                save.offset = walked[4]
+            else:
+                ours = False
                 while code.co_filename in own_files and frame.f_back is not None:
+                    ours = True
                     frame = frame.f_back
                     code = frame.f_code
+                    offset = frame.f_lasti
                 found = user_instruction(frame)
                 save.code, save.offset = found if found is not None else (None, 0)
+                if number >= 0 and not ours:  # torch may not tell; the guard's own code saves for many operations
+                    walked = (number, code, offset, save.code, save.offset)
             save.inner_code = code
-            save.inner_offset = frame.f_lasti
+            save.inner_offset = offset
         grad_fn = tensor.grad_fn
         if grad_fn is not None and (
-            (made := grad_fn._sequence_nr()) == (number := next_number()) - 1
+            (made := grad_fn._sequence_nr()) == number - 1
             or number < 0  # this torch does not tell: never risk a cycle
             or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
         ):
@@ -370,16 +385,17 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
             else:
                 # Written in place, the node is younger than the memory.
                 may_be_older = save.version > 0 or grad_fn._sequence_nr() < first or type(grad_fn) not in own_nodes
-        latest = young.get(storage)
-        if latest is not None and latest[0]() is None:
-            young.pop(storage, None)  # a temporary of the last step
+        if storage in young:
+            latest = young.get(storage)
+            if latest is not None and latest[0]() is None:
+                young.pop(storage, None)  # a temporary of the last step
         if storage in young or storage in aliases:
             ALIASES.sync(storage)
             if ALIASES.arm(storage, tensor):
                 save.keep_proof(PROOF_BYTES_AT_SAVE)
-        known = exports.get(storage)
-        if known is not None:
-            if known.exports:
+        if storage in exports:
+            known = exports.get(storage)
+            if known is not None and known.exports:
                 EXPORTS.keep(save, known)
         elif may_be_older:
             EXPORTS.ask(save, storage, grad_fn)
