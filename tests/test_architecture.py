@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_memory": {"_model", "_torch"},
     "_model": set(),
     "_overlap": {"_model"},
-    "_places": {"_model"},
+    "_places": {"_model", "_torch"},
     "_plain_report": {"_violation"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},

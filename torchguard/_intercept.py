@@ -17,6 +17,7 @@ import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 import wrapt
@@ -238,9 +239,9 @@ def _route_method(function: Any) -> _RoutedMethod:
         if not groups:
             return function(*args, **kwargs)
         instance: Any = args[0] if args else None
-        if type(instance) in plain and not foreign:
+        if type(instance) in plain and not foreign and not mode_active():
             try:
-                elsewhere = storage_id(instance) not in groups and not is_foreign(instance)
+                elsewhere = storage_id(instance) not in groups and instance.untyped_storage().resizable()
             except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
                 elsewhere = not is_wrapper(instance)
             if elsewhere:
@@ -360,23 +361,43 @@ class _Attribute:
 _original_data: Any = torch.Tensor.data
 
 
-def _data_getter() -> Callable[[torch.Tensor], Any]:
+class _Data:
+    """``torch.Tensor.data`` while it is routed; on the class it shows the original.
+
+    It hands out an alias and takes down where. An alias of memory in which no save lies goes into the one slot of its
+    storage (see ``Aliases.young``): that is written out here, since it is what nearly every access comes to.
+    """
+
+    __slots__ = ()
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        _set_data(instance, value)
+
+    def __delete__(self, instance: Any) -> None:
+        _original_data.__delete__(instance)
+
+
+def _data_getter() -> Callable[..., Any]:
     get = _original_data.__get__
-    plain = _memory.PLAIN_TYPES
+    tensor_type, parameter_type = torch.Tensor, torch.nn.Parameter
     storage_id = _torch.storage_id
     pending = LEDGER.pending
     filing = LEDGER.filing
     file = LEDGER.file
     groups = LEDGER.groups
+    young = ALIASES.young
     enter_young = ALIASES.enter_young
     by_storage = ALIASES.by_storage
     inside_library = _places.inside_library
     getframe = sys._getframe
 
-    def get_data(tensor: torch.Tensor) -> Any:
-        alias = get(tensor)
-        frame = getframe(2)
-        if type(alias) in plain:
+    def get_data(_: _Data, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return _original_data
+        alias = get(instance)
+        frame = getframe(1)
+        kind = type(alias)
+        if kind is tensor_type or kind is parameter_type:
             if pending or filing:
                 file()
             try:
@@ -385,8 +406,13 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
                 _writes.enter_alias(alias, _places.user_instruction(frame))
                 return alias
             if storage not in groups and storage not in by_storage:
-                if inside_library.get(frame.f_code.co_filename) is False:
-                    enter_young(alias, storage, frame.f_code, frame.f_lasti)
+                code = frame.f_code
+                if inside_library.get(code.co_filename) is False:
+                    before = young.get(storage)
+                    if before is not None and before[0]() is None:
+                        young[storage] = (ref(alias), code, frame.f_lasti)
+                    else:
+                        enter_young(alias, storage, code, frame.f_lasti)
                 else:
                     instruction = _places.user_instruction(frame)
                     enter_young(alias, storage, *(instruction or (None, 0)))
@@ -396,6 +422,9 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
         return alias
 
     return get_data
+
+
+_Data.__get__ = _data_getter()  # type: ignore[attr-defined]
 
 
 def _set_data(tensor: torch.Tensor, value: Any) -> None:
@@ -502,7 +531,7 @@ def _prepare() -> list[_Patch]:
     patches += [_Patch(owner, name, _Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
     patches.append(_Patch(torch.utils, "swap_tensors", _Routed(torch.utils.swap_tensors, _swap_tensors)))
     patches += [_Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
-    patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _data_getter(), _set_data)))
+    patches.append(_Patch(torch.Tensor, "data", _Data()))
     patches += [
         _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")

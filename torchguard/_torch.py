@@ -352,6 +352,18 @@ def without_hooks() -> Iterator[None]:
             _push(*pair)
 
 
+# ---- modules -----------------------------------------------------------------------------------------------
+# On the way up the stack from an operation, two frames in three are those of a module being called.
+
+_module_call = getattr(torch.nn.Module, "_wrapped_call_impl", None)
+#: Code of the method that nothing but ``Module.__call__`` calls; None where this torch has another way.
+CALL_IMPL: CodeType | None = (
+    getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
+    if _module_call is not None and torch.nn.Module.__call__ is _module_call
+    else None
+)
+
+
 # ---- what else is patched ----------------------------------------------------------------------------------
 # ``torch.jit.script`` finds an operator by the id of the Python function: a wrapper has to be entered there.
 
