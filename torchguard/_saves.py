@@ -205,6 +205,7 @@ class Save:
         """The tensor that was saved may lie elsewhere now."""
         if self.node is None:
             storage = _memory.storage_of(self.tensor)
+            LEDGER.lies_elsewhere(self.storage)
             if storage != self.storage:
                 self.storage = storage
                 if not any(save is self for save in LEDGER.in_storage(storage)):
@@ -258,6 +259,11 @@ def _extent_of(save: Save) -> Extent | None:
     return extent_of(save.tensor)
 
 
+def _reach_of(save: Save) -> tuple[int, int] | None:
+    # Of the other kinds, a version is watched that moves wherever in the storage somebody writes.
+    return _memory.stretch_in_storage(save.tensor) if type(save) is Save else None
+
+
 def is_foreign(tensor: torch.Tensor) -> bool:
     """Whether another storage may lie over the same memory: torch's own allocator did not make this one."""
     if type(tensor) in _memory.PLAIN_TYPES and not _torch.function_mode_active():
@@ -286,8 +292,9 @@ def extent_of(tensor: torch.Tensor) -> Extent | None:
 
 
 #: The live saves of this process.
-LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_all_dead)
+LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_all_dead, reach_of=_reach_of)
 ALIASES.live_saves = LEDGER.in_storage
+ALIASES.any_live_save = LEDGER.any_in_storage
 
 
 def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
