@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench compare probe clean
+.PHONY: help demo test lint format bench instructions compare probe clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -28,8 +28,11 @@ format: $(VENV)/installed-dev ## let ruff format and fix what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed-dev ## how much slower each workload is under the guard (ARGS="--device cuda")
+bench: $(VENV)/installed-dev ## how much slower each workload is under the guard, in a quarter of an hour (ARGS="--device cuda")
 	$(BIN)/python -m benchmarks.ratios $(ARGS)
+
+instructions: $(VENV)/installed-dev ## have the hot paths grown? (ARGS=--callgrind counts the processor's instructions, too)
+	$(BIN)/python -m benchmarks.instructions $(ARGS)
 
 compare: $(VENV)/installed-dev ## how many programs of the catalogue PyTorch's own tools and the guard catch
 	@$(BIN)/python tools/compare.py $(ARGS)

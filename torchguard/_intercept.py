@@ -331,7 +331,11 @@ class _Patch:
 
     def restore(self) -> None:
         """Undo :meth:`install`, or what an interrupt left of it."""
-        if vars(self.owner).get(self.name) is not self.replacement:
+        here = vars(self.owner).get(self.name)
+        if here is not self.replacement and not (
+            # Somebody took the method from the class and put it back.
+            isinstance(self.replacement, _RoutedMethod) and here is self.replacement.on_class
+        ):
             return
         if self.inherited:
             delattr(self.owner, self.name)

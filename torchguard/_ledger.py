@@ -192,6 +192,10 @@ class Ledger(Generic[E]):
                 self._close(storage)
             return False
 
+    def is_crowded(self, storage: int) -> bool:
+        """Whether so many saves lie in a storage that it pays to ask about a part of it only."""
+        return len(self.groups.get(storage, ())) > _LARGE
+
     def near(self, storage: int, low: int, high: int) -> list[E]:
         """The live saves of one storage that may occupy a byte of ``[low, high)``, counted from its beginning."""
         if self.pending or self.filing:

@@ -68,7 +68,7 @@ def saves_near(tensor: torch.Tensor, storage: int, touched: bool = False) -> lis
         storage: the identity of its storage.
         touched: leave out, where the storage holds many, those that lie in another part of it.
     """
-    reach = _memory.stretch_in_storage(tensor) if touched else None
+    reach = _memory.stretch_in_storage(tensor) if touched and LEDGER.is_crowded(storage) else None
     saves = LEDGER.in_storage(storage) if reach is None else LEDGER.near(storage, *reach)
     if LEDGER.groups and (LEDGER.foreign or is_foreign(tensor := _torch.behind(tensor))):
         extent = extent_of(tensor)
@@ -514,7 +514,7 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0
     record = ALIASES.enter(alias, storage, here, version)
     if LEDGER.any_in_storage(storage):
         record.arm(alias)
-        reach = _memory.stretch_in_storage(alias)
+        reach = _memory.stretch_in_storage(alias) if LEDGER.is_crowded(storage) else None
         for save in LEDGER.in_storage(storage) if reach is None else LEDGER.near(storage, *reach):
             save.keep_proof(PROOF_BYTES_AT_ALIAS)
 
