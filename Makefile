@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs gallery bench compare probe fuzz sweep soak clean
+.PHONY: help demo test lint format docs gallery bench instructions compare probe fuzz sweep soak clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -34,8 +34,11 @@ docs: $(VENV)/installed-dev ## build the documentation into site/; a warning is 
 gallery: $(VENV)/installed-dev ## run the scripts of the gallery and write docs/gallery.md (ARGS=--check)
 	@$(BIN)/python tools/gallery.py $(ARGS)
 
-bench: $(VENV)/installed-dev ## how much slower each workload is under the guard (ARGS="--device cuda")
+bench: $(VENV)/installed-dev ## how much slower each workload is under the guard, in a quarter of an hour (ARGS="--device cuda")
 	$(BIN)/python -m benchmarks.ratios $(ARGS)
+
+instructions: $(VENV)/installed-dev ## have the hot paths grown? (ARGS=--callgrind counts the processor's instructions, too)
+	$(BIN)/python -m benchmarks.instructions $(ARGS)
 
 compare: $(VENV)/installed-dev ## how many programs of the catalogue PyTorch's own tools and the guard catch
 	@$(BIN)/python tools/compare.py $(ARGS)

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_memory": {"_counts", "_model", "_torch"},
     "_model": set(),
     "_overlap": {"_model"},
-    "_places": {"_model"},
+    "_places": {"_model", "_torch"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},

@@ -197,6 +197,21 @@ def _reach_in_storage(tensor: torch.Tensor) -> range:
     return range(start, start + _extent(tensor) * itemsize)
 
 
+def stretch_in_storage(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """First and one past the last byte that the tensor reaches, counted from the beginning of its storage; None where
+    that cannot be told.
+    """
+    try:
+        with _torch.no_torch_function():
+            tensor = _torch.behind(tensor)
+            if tensor.layout is not torch.strided:
+                return None
+            reach = _reach_in_storage(tensor)
+            return reach.start, reach.stop
+    except NO_MEMORY:
+        return None
+
+
 def end_in_storage(tensor: torch.Tensor) -> int:
     """How many bytes a storage must have at least for the tensor's elements to lie in it."""
     return _reach_in_storage(tensor).stop if tensor.numel() else 0

@@ -35,6 +35,9 @@ class _Collector(threading.local):
 
 collector = _Collector()
 
+#: Not empty while any thread wants to know: cheaper to ask than its own.
+collecting: list[None] = []
+
 
 def make_unpack() -> Callable[[Save], torch.Tensor]:
     """The unpack hook. What it uses is bound to local names: it runs at every read."""
@@ -63,7 +66,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
         return None
 
     def unpack(save: Save) -> torch.Tensor:
-        if collector.saves is not None:
+        if collecting and collector.saves is not None:
             collector.saves.append(save)
             if collector.unjudged:
                 return save.tensor
@@ -139,10 +142,12 @@ def _unused(save: Save) -> bool:
     found: list[Save] = []
     collector.saves = found
     collector.unjudged = True
+    collecting.append(None)
     try:
         for read in _torch.unused_by_reader():
             read()
     finally:
+        collecting.pop()
         collector.saves = outer
         collector.unjudged = False
     return any(other is save for other in found)

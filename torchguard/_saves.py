@@ -213,6 +213,7 @@ class Save:
         """The tensor that was saved may lie elsewhere now."""
         if self.node is None:
             storage = _memory.storage_of(self.tensor)
+            LEDGER.lies_elsewhere(self.storage)
             if storage != self.storage:
                 self.storage = storage
                 if not any(save is self for save in LEDGER.in_storage(storage)):
@@ -292,6 +293,11 @@ def _extent_of(save: Save) -> Extent | None:
     return extent_of(save.tensor)
 
 
+def _reach_of(save: Save) -> tuple[int, int] | None:
+    # Of the other kinds, a version is watched that moves wherever in the storage somebody writes.
+    return _memory.stretch_in_storage(save.tensor) if type(save) is Save else None
+
+
 def is_foreign(tensor: torch.Tensor) -> bool:
     """Whether another storage may lie over the same memory: torch's own allocator did not make this one."""
     if type(tensor) in _memory.PLAIN_TYPES and not _torch.function_mode_active():
@@ -320,8 +326,9 @@ def extent_of(tensor: torch.Tensor) -> Extent | None:
 
 
 #: The live saves of this process.
-LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_all_dead)
+LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_all_dead, reach_of=_reach_of)
 ALIASES.live_saves = LEDGER.in_storage
+ALIASES.any_live_save = LEDGER.any_in_storage
 
 
 def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
@@ -332,14 +339,16 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
     pending = LEDGER.pending
     file = LEDGER.file
     append = pending.append
-    plain = _memory.PLAIN_TYPES
+    tensor_type, parameter_type = torch.Tensor, torch.nn.Parameter
+    no_memory = _memory.NO_MEMORY
     mode_active = _torch.function_mode_active
     storage_id = _torch.storage_id
     next_number = _torch.next_sequence_number
     made_last = _torch.made_last
-    node_type = _torch.node_type
+    node_type, generic_node = _torch.node_type, _torch.GENERIC_NODE
     inside_library = _places.inside_library
     user_instruction = _places.user_instruction
+    user_instruction_above = _places.user_instruction_above
     young = ALIASES.young
     aliases = ALIASES.by_storage
     getframe = sys._getframe
@@ -347,46 +356,81 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
     exports = EXPORTS.by_storage
     dead_exports = EXPORTS.dead
     references = sys.getrefcount
-    fresh_and_saved = FRESH + 1
     first = next_number()
     own_nodes = OWN_NODES
-    new = Save.__new__
     own_files = OWN_FILES
     view_node = _VIEW_NODE
+    # What an operation saves, it saves between two nodes of its thread, and from one instruction: the way from there
+    # to the user's code is walked once. (One tuple, so that a thread never sees half of what another wrote.)
+    walked: tuple[Any, ...] = (None, None, 0, None, 0)
+    # Code of the user's that has saved last: its file need not be looked at again.
+    of_user: CodeType | None = None
 
-    def record(tensor: torch.Tensor, storage: int) -> Save:
-        save = new(Save)  # attribute by attribute: half the time of a constructor with ten arguments
+    def pack(tensor: torch.Tensor, depth: int = 1) -> Save:
+        nonlocal walked, of_user
+        kind = type(tensor)
+        if (kind is tensor_type or kind is parameter_type) and depth == 1:
+            if mode_active():
+                return pack_exotic(tensor, 3)
+            try:
+                storage = storage_id(tensor)
+            except no_memory:  # sparse, opaque, a functorch wrapper
+                return pack_exotic(tensor, 3)
+        elif depth == 1:
+            return pack_exotic(tensor, 3)
+        else:
+            storage = _memory.storage_of(tensor)
+        save = Save()  # attribute by attribute: half the time of a constructor with ten arguments
         save.remarks = None
         save.storage = storage
         save.version = tensor._version
+        number = next_number()
         try:
-            frame: Any = getframe(2)
+            frame: Any = getframe(depth)
         except ValueError:  # an autograd thread: no Python code on the stack
             frame = None
             save.code = save.inner_code = None
             save.offset = save.inner_offset = 0
         else:
-            code = save.code = frame.f_code
-            save.offset = frame.f_lasti
-            if inside_library.get(code.co_filename) is not False:
+            code = frame.f_code
+            offset = frame.f_lasti
+            if code is of_user:
+                save.code = code
+                save.offset = offset
+            elif walked[0] == number and walked[1] is code and walked[2] == offset:
+                save.code = walked[3]
+                save.offset = walked[4]
+            elif inside_library.get(code.co_filename) is False:
+                save.code = of_user = code
+                save.offset = offset
+            elif code.co_filename in own_files:
                 while code.co_filename in own_files and frame.f_back is not None:
                     frame = frame.f_back
                     code = frame.f_code
+                offset = frame.f_lasti
                 found = user_instruction(frame)
                 save.code, save.offset = found if found is not None else (None, 0)
+            else:
+                found = user_instruction_above(depth)
+                save.code, save.offset = found if found is not None else (None, 0)
+                if number >= 0:  # torch may not tell
+                    walked = (number, code, offset, save.code, save.offset)
             save.inner_code = code
-            save.inner_offset = frame.f_lasti
+            save.inner_offset = offset
         grad_fn = tensor.grad_fn
         if grad_fn is not None and (
-            (made := grad_fn._sequence_nr()) == (number := next_number()) - 1
+            (made := grad_fn._sequence_nr()) == number - 1
             or number < 0  # this torch does not tell: never risk a cycle
             or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
             or (
-                (save.version or exotic or references(tensor) <= FRESH)
+                (save.version or exotic or references(tensor) <= FRESH + depth - 2)
                 and made_last(grad_fn, number - _copied_itself(save))
             )
         ):
-            node = save.node = node_type(grad_fn)
+            node: Any = type(grad_fn)
+            if node is generic_node:
+                node = node_type(grad_fn)
+            save.node = node
             save.output = tensor.output_nr
             save.tensor = tensor.detach()
             if node is view_node:
@@ -397,32 +441,35 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
                 before = None
             if before is not None and before.node is None and before.inner_offset == save.inner_offset:
                 _mend_foreach(node, made, save.inner_code)
-            may_be_older = save.version > 0 or node not in own_nodes
         else:
-            save.node = None
+            save.node = node = None
             save.output = 0
             save.tensor = tensor
-            base = tensor._base
-            if base is not None:
+        if storage in young or storage in aliases:
+            latest = young.get(storage)
+            if latest is not None and latest[0]() is None:
+                young.pop(storage, None)  # a temporary of the last step
+            if storage in young or storage in aliases:
+                ALIASES.sync(storage)
+                if ALIASES.arm(storage, tensor):
+                    save.keep_proof(PROOF_BYTES_AT_SAVE)
+        if storage in exports:
+            known = exports.get(storage)
+            if known is not None and known.exports:
+                EXPORTS.keep(save, known)
+        else:
+            if node is None and (base := tensor._base) is not None:
                 grad_fn = base.grad_fn
             if grad_fn is None:
-                may_be_older = base is not None or references(tensor) > fresh_and_saved
-            else:
+                # Under one more holder than a fresh tensor: the save.
+                may_be_older = tensor._base is not None or references(tensor) > FRESH + depth - 1
+            elif node is None:
                 # Written in place, the node is younger than the memory.
                 may_be_older = save.version > 0 or grad_fn._sequence_nr() < first or type(grad_fn) not in own_nodes
-        latest = young.get(storage)
-        if latest is not None and latest[0]() is None:
-            young.pop(storage, None)  # a temporary of the last step
-        if storage in young or storage in aliases:
-            ALIASES.sync(storage)
-            if ALIASES.arm(storage, tensor):
-                save.keep_proof(PROOF_BYTES_AT_SAVE)
-        known = exports.get(storage)
-        if known is not None:
-            if known.exports:
-                EXPORTS.keep(save, known)
-        elif may_be_older:
-            EXPORTS.ask(save, storage, grad_fn)
+            else:
+                may_be_older = save.version > 0 or node not in own_nodes
+            if may_be_older:
+                EXPORTS.ask(save, storage, grad_fn)
         if dead_exports:
             EXPORTS.settle_dead()
         append(ref(save))
@@ -430,10 +477,9 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
             file()
         return save
 
-    def record_exotic(tensor: torch.Tensor) -> Save:
-        storage = _memory.storage_of(tensor)
+    def pack_exotic(tensor: torch.Tensor, depth: int = 2) -> Save:
         with disabled():
-            save = record(tensor, storage)
+            save = pack(tensor, depth)
         remarks = save.remark()  # a save with remarks is read with user code kept out
         if _memory.span_of(tensor) is None:
             remarks.parts = tuple(
@@ -448,16 +494,7 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
             )
         return save
 
-    def pack(tensor: torch.Tensor) -> Save:
-        if type(tensor) in plain and not mode_active():
-            try:
-                storage = storage_id(tensor)
-            except _memory.NO_MEMORY:  # sparse, opaque, a functorch wrapper
-                return record_exotic(tensor)
-            return record(tensor, storage)
-        return record_exotic(tensor)
-
-    return record_exotic if exotic else pack
+    return pack_exotic if exotic else pack
 
 
 def _latest(most: int) -> list[ref[Save]]:

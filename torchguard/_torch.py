@@ -259,14 +259,14 @@ def made_last(node: Any, number: int) -> bool:
 
 
 #: The type of all nodes that have none of their own in Python.
-_GENERIC_NODE: type = type(torch._foreach_exp([torch.ones(1, requires_grad=True)])[0].grad_fn)
+GENERIC_NODE: type = type(torch._foreach_exp([torch.ones(1, requires_grad=True)])[0].grad_fn)
 _named_nodes: dict[str, type] = {}
 
 
 def node_type(node: Any) -> type:
     """The type of a node, named as PyTorch names it: for those without one in Python, a type that stands for it."""
     kind = type(node)
-    if kind is not _GENERIC_NODE:
+    if kind is not GENERIC_NODE:
         return kind
     name = str(node.name())
     if name not in _named_nodes:
@@ -394,6 +394,18 @@ def without_hooks() -> Iterator[None]:
     finally:
         for pair in reversed(lifted):
             _push(*pair)
+
+
+# ---- modules -----------------------------------------------------------------------------------------------
+# On the way up the stack from an operation, two frames in three are those of a module being called.
+
+_module_call = getattr(torch.nn.Module, "_wrapped_call_impl", None)
+#: Code of the method that nothing but ``Module.__call__`` calls; None where this torch has another way.
+CALL_IMPL: CodeType | None = (
+    getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
+    if _module_call is not None and torch.nn.Module.__call__ is _module_call
+    else None
+)
 
 
 # ---- what else is patched ----------------------------------------------------------------------------------

@@ -61,9 +61,16 @@ class Hit:
     elements: int = 0
 
 
-def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
-    """Live saves that may lie over the tensor's memory, whatever storage they are in."""
-    saves = LEDGER.in_storage(storage)
+def saves_near(tensor: torch.Tensor, storage: int, touched: bool = False) -> list[Save]:
+    """Live saves in the tensor's storage, and those that lie over its memory in another one.
+
+    Args:
+        tensor: what is about to be written to, say.
+        storage: the identity of its storage.
+        touched: leave out, where the storage holds many, those that lie in another part of it.
+    """
+    reach = _memory.stretch_in_storage(tensor) if touched and LEDGER.is_crowded(storage) else None
+    saves = LEDGER.in_storage(storage) if reach is None else LEDGER.near(storage, *reach)
     if LEDGER.groups and (LEDGER.foreign or is_foreign(tensor := _torch.behind(tensor))):
         extent = extent_of(tensor)
         if extent is not None:
@@ -200,11 +207,11 @@ def look(
         storage = _memory.storage_of(target)
         if not storage:
             continue
-        saves = saves_near(target, storage)
-        if not saves:
+        saves = saves_near(target, storage, touched=True)
+        if not saves and not LEDGER.any_in_storage(storage):
             continue  # an alias's counter matters to live saves only
         if storage in ALIASES.by_storage or storage in ALIASES.young:
-            ALIASES.sync(storage, saves)
+            ALIASES.sync(storage)
             watched.append(storage)
         rereads = [save for save in saves if isinstance(save, Reread)]
         if rereads and not (writer.keeps_statistics and running.depth):  # a checkpoint's function may update its own
@@ -515,17 +522,17 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0
     storage = _memory.storage_of(alias)
     if not storage:
         return
-    saves = LEDGER.in_storage(storage)
     if version < 0:  # made in inference mode: it has no counter that would tell of a write
-        for save in saves:
+        for save in LEDGER.in_storage(storage):
             save.keep_proof(PROOF_BYTES_AT_ALIAS)
             if save.is_proven:
                 save.remark().compare = True
         return
     record = ALIASES.enter(alias, storage, here, version)
-    if saves:
+    if LEDGER.any_in_storage(storage):
         record.arm(alias)
-        for save in saves:
+        reach = _memory.stretch_in_storage(alias) if LEDGER.is_crowded(storage) else None
+        for save in LEDGER.in_storage(storage) if reach is None else LEDGER.near(storage, *reach):
             save.keep_proof(PROOF_BYTES_AT_ALIAS)
 
 
