@@ -288,7 +288,8 @@ def _answer(
         return
     here = _places.user_instruction(frame)
     rehearsal: Rehearsal | None = None
-    refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
+    with _torch.no_torch_function():
+        refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
     if not refused and not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
