@@ -7,11 +7,7 @@ no patch can (``out=``, ``torch.ops``, functions bound before the guard came).
 
 from __future__ import annotations
 
-import copy
 import functools
-import importlib
-import inspect
-import os
 import sys
 import threading
 import types
@@ -42,6 +38,7 @@ from torchguard import (
 )
 from torchguard._aliases import ALIASES
 from torchguard._exports import EXPORTS
+from torchguard._patching import Attribute, Patch, Routed, keep_from_the_compiler, lock, scripted
 from torchguard._reads import DETACHED
 from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
@@ -98,59 +95,6 @@ _override = Override()
 
 
 # ---- the patches -------------------------------------------------------------------------------------------
-
-
-class _Copied:
-    """Copies, deep-copies, pickles and prints as the function that is wrapped.
-
-    A module that holds ``torch.relu_`` as an attribute is copied and saved as ever, guarded or not.
-    """
-
-    __wrapped__: Any
-
-    def __repr__(self) -> str:
-        return repr(self.__wrapped__)
-
-    def __copy__(self) -> Any:
-        return copy.copy(self.__wrapped__)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return copy.deepcopy(self.__wrapped__, memo)
-
-    def __reduce__(self) -> Any:
-        return self.__reduce_ex__(2)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        function = self.__wrapped__
-        reduced = function.__qualname__ if inspect.isfunction(function) else function.__reduce_ex__(protocol)
-        if isinstance(reduced, str) and not inspect.isfunction(function):
-            # By name the pickler would find this wrapper, or, once the guard is left, not find it.
-            return getattr, (_ByName(function.__module__), reduced)
-        return reduced
-
-
-class _ByName:
-    """Pickles as the import of a module."""
-
-    def __init__(self, module: str) -> None:
-        self.module = module
-
-    def __reduce__(self) -> Any:
-        return importlib.import_module, (self.module,)
-
-
-class _BoundRouted(_Copied, wrapt.BoundFunctionWrapper[Any, Any]):
-    """``x.add_`` while ``torch.Tensor.add_`` is routed."""
-
-
-class _Routed(_Copied, wrapt.FunctionWrapper[Any, Any]):
-    """A routed function or method."""
-
-    __bound_function_wrapper__ = _BoundRouted
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        # On the class a method is the same object each time; wrapt would make a new one.
-        return self if instance is None else super().__get__(instance, owner)
 
 
 def _route_method(function: Any) -> Callable[..., Any]:
@@ -248,53 +192,6 @@ def _route_statistics(function: Any, writer: Writer) -> Callable[..., Any]:
     return route
 
 
-class _Patch:
-    """One attribute to replace, and what was there."""
-
-    __slots__ = ("inherited", "name", "original", "owner", "replacement")
-
-    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
-        self.owner = owner
-        self.name = name
-        self.replacement = replacement
-        self.original: Any = None
-        self.inherited = True
-
-    def install(self) -> None:
-        own = vars(self.owner)
-        self.inherited = self.name not in own
-        self.original = own.get(self.name)
-        setattr(self.owner, self.name, self.replacement)
-
-    def restore(self) -> None:
-        """Undo :meth:`install`, or what an interrupt left of it."""
-        if vars(self.owner).get(self.name) is not self.replacement:
-            return
-        if self.inherited:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self.original)
-        self.original = None
-
-
-class _Attribute:
-    """A descriptor in the place of one of torch's own; on the class it shows the one that it replaces."""
-
-    def __init__(self, original: Any, get: Any = None, set: Any = None) -> None:
-        self._original = original
-        self._get = get or original.__get__
-        self._set = set or original.__set__
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self._original if instance is None else self._get(instance)
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        self._set(instance, value)
-
-    def __delete__(self, instance: Any) -> None:
-        self._original.__delete__(instance)
-
-
 _original_data: Any = torch.Tensor.data
 
 
@@ -382,7 +279,7 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
 def _compile(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.compile``: its first call loads the compiler, which is patched once it is there."""
     _torch.load_compiler()
-    with _lock:
+    with lock:
         if _installed:
             _patch_the_compiler()
     return wrapped(*args, **kwargs)
@@ -395,19 +292,19 @@ def _patch_the_compiler() -> None:
             return
         owner, name = where
         wrapper = wrapt.FunctionWrapper(getattr(owner, name), _compiled.compile_region)
-        _compiler_patches.append(_Patch(owner, name, wrapper))
+        _compiler_patches.append(Patch(owner, name, wrapper))
     for patch in _compiler_patches:
         if vars(patch.owner).get(patch.name) is not patch.replacement:
             patch.install()
 
 
-def _prepare() -> list[_Patch]:
+def _prepare() -> list[Patch]:
     """Everything that is patched while a guard is on, made once."""
     # Tables that torch makes once, on the first call, from what it finds then.
     torch.overrides.get_overridable_functions()
     torch.overrides.get_testing_overrides()
     patches = []
-    wrappers: dict[int, _Routed] = {}
+    wrappers: dict[int, Routed] = {}
     # torch._C._nn is replaced as a whole: its functions pickle by the module's name, which must lead to them.
     nn_functions = types.ModuleType(_torch.NN.__name__)
     nn_functions.__dict__.update(vars(_torch.NN))
@@ -425,28 +322,28 @@ def _prepare() -> list[_Patch]:
             wrapper = wrappers.get(id(function))
             if wrapper is None:
                 route = _route_statistics(function, writer) if writer.keeps_statistics else route_to(function)
-                wrapper = _Routed(function, route)
+                wrapper = Routed(function, route)
                 wrappers[id(function)] = wrapper
             if owner is nn_functions:
                 setattr(owner, name, wrapper)
             else:
-                patches.append(_Patch(owner, name, wrapper))
-    patches.append(_Patch(*_torch.NN_FUNCTIONS, nn_functions))
+                patches.append(Patch(owner, name, wrapper))
+    patches.append(Patch(*_torch.NN_FUNCTIONS, nn_functions))
     WRITERS[torch.nn.init.eye_] = _writers.EYE
-    patches.append(_Patch(torch.nn.init, "eye_", _Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_))))
-    patches += [_Patch(owner, name, _Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
-    patches.append(_Patch(torch.utils, "swap_tensors", _Routed(torch.utils.swap_tensors, _swap_tensors)))
-    patches += [_Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
-    patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _data_getter(), _set_data)))
+    patches.append(Patch(torch.nn.init, "eye_", Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_))))
+    patches += [Patch(owner, name, Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
+    patches.append(Patch(torch.utils, "swap_tensors", Routed(torch.utils.swap_tensors, _swap_tensors)))
+    patches += [Patch(owner, "detach_", Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
+    patches.append(Patch(torch.Tensor, "data", Attribute(_original_data, _data_getter(), _set_data)))
     patches += [
-        _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
+        Patch(torch.Tensor, name, Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")
     ]
     patches += _storage_patches() + _interchange_patches()
     block = _torch.PRESERVING_BLOCK
     if block is not None:
         patches += [
-            _Patch(block, name, wrapt.FunctionWrapper(vars(block)[name], route))
+            Patch(block, name, wrapt.FunctionWrapper(vars(block)[name], route))
             for name, route in (
                 ("__init__", _preserved.begin),
                 ("__enter__", _preserved.begin),
@@ -456,41 +353,41 @@ def _prepare() -> list[_Patch]:
     module, off, on = _torch.HOOK_SWITCHES
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):
-            patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
+            patches.append(Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
     for places, route in ((_torch.HOOK_PUSHES, _hooks.push_composed), (_torch.HOOK_POPS, _hooks.pop_program)):
         for module, name in places:
-            patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
+            patches.append(Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
     module, top = _torch.HOOK_TOP
     if hasattr(module, top):
-        patches.append(_Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
+        patches.append(Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
     _recompute.writer_of = _writer_in_checkpoint
     module, hook = _torch.CHECKPOINT_HOOK
     if hasattr(module, hook):
-        patches.append(_Patch(module, hook, wrapt.FunctionWrapper(getattr(module, hook), _recompute.checkpoint_hook)))
+        patches.append(Patch(module, hook, wrapt.FunctionWrapper(getattr(module, hook), _recompute.checkpoint_hook)))
     function, forward = _torch.CHECKPOINT_FORWARD
     routed = wrapt.FunctionWrapper(getattr(function, forward), _recompute.checkpoint_forward)
-    patches.append(_Patch(function, forward, staticmethod(routed)))
+    patches.append(Patch(function, forward, staticmethod(routed)))
     backward = torch.autograd.function.BackwardCFunction
-    patches.append(_Patch(backward, _compiled.STASH, _compiled.StashAttribute()))
-    patches.append(_Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
-    patches.append(_Patch(torch, "compile", _Routed(torch.compile, _compile)))
+    patches.append(Patch(backward, _compiled.STASH, _compiled.StashAttribute()))
+    patches.append(Patch(backward, "saved_tensors", Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
+    patches.append(Patch(torch, "compile", Routed(torch.compile, _compile)))
     start = threading.Thread.start
-    patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
+    patches.append(Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
     patches += [
-        _Patch(owner, name, wrapt.FunctionWrapper(getattr(owner, name), route)) for owner, name, route in _pools.ROUTES
+        Patch(owner, name, wrapt.FunctionWrapper(getattr(owner, name), route)) for owner, name, route in _pools.ROUTES
     ]
     return patches
 
 
-def _storage_patches() -> list[_Patch]:
+def _storage_patches() -> list[Patch]:
     storage = torch.UntypedStorage
     routes = {name: _storages.writes(name) for name in _torch.STORAGE_WRITERS}
     routes["resize_"] = _storages.resize
     routes.update(dict.fromkeys(_torch.STORAGE_SHARERS, _interchange.share))
     patches = [
-        _Patch(storage, name, _Routed(getattr(storage, name), _of_instance(route))) for name, route in routes.items()
+        Patch(storage, name, Routed(getattr(storage, name), _of_instance(route))) for name, route in routes.items()
     ]
-    return [*patches, _Patch(torch.Tensor, "set_", _Routed(torch.Tensor.set_, _storages.enter_alias))]
+    return [*patches, Patch(torch.Tensor, "set_", Routed(torch.Tensor.set_, _storages.enter_alias))]
 
 
 def _of_instance(route: Callable[..., Any]) -> Callable[..., Any]:
@@ -504,7 +401,7 @@ def _of_instance(route: Callable[..., Any]) -> Callable[..., Any]:
     return bound
 
 
-def _interchange_patches() -> list[_Patch]:
+def _interchange_patches() -> list[Patch]:
     taken = [(torch, name) for name in ("from_numpy", "as_tensor", "asarray", "frombuffer", "from_dlpack")]
     routes: list[tuple[Any, str, Any]] = [
         (torch.Tensor, "numpy", _interchange.to_numpy),
@@ -512,67 +409,39 @@ def _interchange_patches() -> list[_Patch]:
         *((owner, name, _interchange.take_in) for owner, name in [*taken, (torch.utils.dlpack, "from_dlpack")]),
         (torch, "from_file", _interchange.from_file),
     ]
-    wrappers: dict[int, _Routed] = {}
+    wrappers: dict[int, Routed] = {}
     patches = []
     for owner, name, route in routes:
         function = getattr(owner, name)
-        wrapper = wrappers.setdefault(id(function), _Routed(function, route))  # one function, several names
-        patches.append(_Patch(owner, name, wrapper))
+        wrapper = wrappers.setdefault(id(function), Routed(function, route))  # one function, several names
+        patches.append(Patch(owner, name, wrapper))
     interface: Any = torch.Tensor.__cuda_array_interface__
     get = _interchange.cuda_array_interface(interface.__get__)
-    return [*patches, _Patch(torch.Tensor, "__cuda_array_interface__", _Attribute(interface, get))]
+    return [*patches, Patch(torch.Tensor, "__cuda_array_interface__", Attribute(interface, get))]
 
 
-def _keep_from_the_compiler() -> None:
-    """What judges a call is no part of the program that torch.compile is to compile."""
-    codes = [
-        value.__code__
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == __package__
-        for owner in (module, *filter(inspect.isclass, vars(module).values()))
-        for value in vars(owner).values()
-        if inspect.isfunction(value) and value.__module__.partition(".")[0] == __package__
-    ]
-    while codes:
-        code = codes.pop()
-        _torch.skip_compiling(code)
-        codes += filter(inspect.iscode, code.co_consts)
-
-
-def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
-    """The wrappers that TorchScript has to take for an operator, and the operator's name."""
-    wrappers = {id(patch.replacement): patch.replacement for patch in patches}
-    for patch in patches:
-        if isinstance(patch.replacement, types.ModuleType):
-            wrappers.update((id(value), value) for value in vars(patch.replacement).values())
-    names = [
-        (wrapper, _torch.script_name(wrapper.__wrapped__))
-        for wrapper in wrappers.values()
-        if isinstance(wrapper, _Routed)
-    ]
-    return [(wrapper, name) for wrapper, name in names if name is not None]
-
-
-_patches: list[_Patch] = []
-_compiler_patches: list[_Patch] = []
+_patches: list[Patch] = []
+_compiler_patches: list[Patch] = []
 _script_names: list[tuple[Any, str]] = []
 _installed = 0
-_lock = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    # A child must not be forked while another thread is half-way through the patches.
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def prepare() -> None:
+    """Make the patches, before anything is patched."""
+    with lock:
+        if not _patches:
+            keep_from_the_compiler()
+            prepared = _prepare()
+            _script_names.extend(scripted(prepared))
+            _patches.extend(prepared)
 
 
 def install() -> None:
     """Patch torch; the second and later calls only count."""
     global _installed
-    with _lock:
+    with lock:
         if _installed == 0:
-            if not _patches:
-                _keep_from_the_compiler()
-                prepared = _prepare()
-                _script_names.extend(_scripted(prepared))
-                _patches.extend(prepared)
+            prepare()
             EXPORTS.renew()
             try:
                 for patch in _patches:
@@ -589,7 +458,7 @@ def install() -> None:
 def uninstall() -> None:
     """Undo :func:`install`; the last call restores every attribute."""
     global _installed
-    with _lock:
+    with lock:
         _installed -= 1
         if _installed == 0:
             _restore()
