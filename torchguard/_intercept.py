@@ -33,6 +33,7 @@ from torchguard import (
     _refusal,
     _storages,
     _torch,
+    _watch,
     _writers,
     _writes,
 )
@@ -207,8 +208,11 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
     by_storage = ALIASES.by_storage
     inside_library = _places.inside_library
     getframe = sys._getframe
+    watching = _watch.watching
 
     def get_data(tensor: torch.Tensor) -> Any:
+        if watching:
+            return _lend(tensor, getframe(2))
         alias = get(tensor)
         frame = getframe(2)
         if type(alias) in plain:
@@ -233,8 +237,17 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
     return get_data
 
 
+def _lend(tensor: torch.Tensor, frame: Any) -> Any:
+    """``x.data`` where a ``watch()`` is on as well: by itself the alias would have a counter of its own."""
+    alias, shares = _watch.alias_of(tensor, frame)
+    if isinstance(alias, torch.Tensor):
+        version = _memory.version_of(alias) if shares else 0
+        _writes.enter_alias(alias, _places.user_instruction(frame), version, lent=shares)
+    return alias
+
+
 def _set_data(tensor: torch.Tensor, value: Any) -> None:
-    _writes.rebind(_original_data.__set__, tensor, value)
+    _writes.rebind(_watch.rebind if _watch.watching else _original_data.__set__, tensor, value)
 
 
 def _part_setter(name: str) -> Callable[[torch.Tensor, Any], None]:

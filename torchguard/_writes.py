@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,6 +49,13 @@ class _Done(Exception):
     def __init__(self, rehearsal: Rehearsal) -> None:
         super().__init__()
         self.rehearsal = rehearsal
+
+
+class Expecting(Protocol):
+    """What is to be told once a call that moves a version has been made."""
+
+    def expect_version(self) -> None:
+        """What the version is now is expected."""
 
 
 @dataclass
@@ -89,7 +96,7 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
         _note_thread()
     watched: list[int] = []
     hits: list[Hit] = []
-    seen: list[Save] = []
+    seen: list[Expecting] = []
     with _torch.no_torch_function():
         look(writer, args, kwargs, watched, hits, seen)
     if hits and writer.keeps_statistics:
@@ -189,7 +196,7 @@ def look(
     kwargs: Mapping[str, Any],
     watched: list[int],
     hits: list[Hit],
-    seen: list[Save],
+    seen: list[Expecting],
 ) -> None:
     """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
     version PyTorch does not check and that therefore is to be expected to move.
@@ -211,13 +218,16 @@ def look(
             note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
         saves = [save for save in saves if not isinstance(save, Reread)]
         counted = not inside and writer.counts(target, args, kwargs)
+        lent = counted and ALIASES.lent(target, storage) and not _policy.is_watch(_policy.innermost())
         preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
         for save in saves:
             if not save.checked and not save.tracked:
                 seen.append(save)
+            elif lent and save.checked and not save.moved:
+                seen.append(_Spared(save))
             if not _may_write_to(writer, target, save):
                 continue
-            silent = save.stashed or not (counted and save.shares_counter(target))
+            silent = save.stashed or lent or not (counted and save.shares_counter(target))
             if silent and save.certain:
                 hits.append(Hit(save, target, counted))
             elif preserved and save.checked:
@@ -227,6 +237,17 @@ def look(
             elif not save.checked:
                 kind: Kind = "unchecked" if not silent else ("write" if counted else "uncounted")
                 save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
+
+
+class _Spared:
+    """A save whose counter moves under ``watch()`` by a write that has been judged, and would not without."""
+
+    def __init__(self, save: Save) -> None:
+        self._save = save
+
+    def expect_version(self) -> None:
+        """The call has been made."""
+        self._save.version = _memory.version_of(self._save.tensor)
 
 
 def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
@@ -508,14 +529,14 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 # ---- aliases -----------------------------------------------------------------------------------------------
 
 
-def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0) -> None:
-    """Take down an alias with a counter of its own; watch the counter at once where a live save needs it."""
+def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0, lent: bool = False) -> None:
+    """Take down an alias with a counter of its own (but if it is lent); watch it at once where a live save needs it."""
     storage = _memory.storage_of(alias)
     if not storage or version < 0:
         return
     saves = LEDGER.in_storage(storage)
-    record = ALIASES.enter(alias, storage, here, version)
-    if saves:
+    record = ALIASES.enter(alias, storage, here, version, lent)
+    if saves and not lent:
         record.arm(alias)
         for save in saves:
             save.keep_proof(PROOF_BYTES_AT_ALIAS)
