@@ -25,5 +25,6 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "identity hooks": _identity,
     "strict": torchguard.strict,
     "warn": torchguard.warn,
+    "watch": torchguard.watch,
     "strict, every call": lambda: torchguard.strict(every_call=True),
 }

@@ -1,18 +1,19 @@
 """Where were aliases of which memory taken lately, and where were silent writes made?
 
-What ``watch()`` keeps so that a refusal can name places: for each storage the last two instructions that took an alias
-of it, and the latest silent writes. All holds are weak.
+What ``watch()`` keeps so that a refusal can name places: for each storage the instructions that took an alias of it,
+and the latest silent writes. All holds are weak.
 
 Note [One storage, one trace]. A trace is found by the identity of its storage, and that may be used again once the
-storage is gone. So a trace has a hold that tells: on the leaf itself (a parameter, a gradient), which is cheap, or on
-the storage, for what an operation returned: there the tensor is often gone long before its memory is.
+storage is gone. So a trace has a hold that tells: on the tensor itself, which is cheap, where it is a parameter or held
+by another tensor (a gradient); else on the storage, since a tensor is often gone long before its memory is.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -22,6 +23,7 @@ from torchguard._places import Instruction
 
 _SLACK = 1024
 _WRITES_KEPT = 256
+_SITES_KEPT = 16
 
 
 class _Pin(_torch.WeakStorage):
@@ -31,24 +33,22 @@ class _Pin(_torch.WeakStorage):
         return self
 
 
-class Trace:
-    """Where aliases of one storage were taken.
+class _Site(NamedTuple):
+    """An instruction that takes an alias, and the version of the memory when it first did."""
 
-    Attributes:
-        hold: answers None once the trace may be another storage's.
-        code, offset: the instruction that took the last one.
-        version: the version of the memory then.
-        before: instruction and version of the one before that was taken elsewhere.
-    """
+    code: CodeType
+    offset: int
+    version: int
 
-    __slots__ = ("before", "code", "hold", "offset", "version")
 
-    def __init__(self, hold: Callable[[], object], code: Any, offset: int, version: int) -> None:
-        self.hold = hold
-        self.code = code
-        self.offset = offset
-        self.version = version
-        self.before: tuple[Instruction, int] | None = None
+#: Where aliases of one storage were taken: sites by :func:`site_key`, and under 0 the hold, which answers None once
+#: the trace may be another storage's. A plain dictionary, because it is looked into at every ``.data``.
+Trace = dict[int, Any]
+
+
+def site_key(code: CodeType | None, offset: int) -> int:
+    """One number for an instruction: addresses have 48 bits. (Written out where it has to be fast.)"""
+    return id(code) ^ (offset << 48)
 
 
 class Written:
@@ -86,6 +86,19 @@ def _lies_in(held: Any, storage: int) -> bool:
     return held is not None and _memory.storage_of(held) == storage
 
 
+def _hold_of(tensor: torch.Tensor) -> Any:
+    tensor = _torch.behind(tensor)
+    stays = tensor.grad_fn is None and (tensor.requires_grad or _torch.holders(tensor) > 1)
+    return (None if stays else _torch.weak_storage(tensor, _Pin)) or ref(tensor)
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode
+        return -1
+
+
 class Traces:
     """What is remembered of the process's aliases and silent writes."""
 
@@ -96,32 +109,34 @@ class Traces:
 
     def take_down(self, tensor: torch.Tensor, storage: int, instruction: Instruction) -> None:
         """An alias of ``tensor`` is being taken."""
-        code, offset = instruction or (None, 0)
-        version = _memory.version_of(tensor)
         trace = self.by_storage.get(storage)
-        if trace is not None and trace.hold() is not None:
-            if trace.code is not code or trace.offset != offset:
-                if trace.code is not None:
-                    trace.before = ((trace.code, trace.offset), trace.version)
-                trace.code, trace.offset, trace.version = code, offset, version
+        if trace is None or trace[0]() is None:
+            trace = self.by_storage[storage] = {0: _hold_of(tensor)}
+            if len(self.by_storage) > self._sweep_at:
+                self._sweep()
+        if instruction is None:
             return
-        pin = None if tensor.grad_fn is None else _torch.weak_storage(tensor, _Pin)
-        hold: Any = ref(tensor) if pin is None else pin
-        self.by_storage[storage] = Trace(hold, code, offset, version)
-        if len(self.by_storage) > self._sweep_at:
-            for key, trace in list(self.by_storage.items()):
-                hold = trace.hold()
-                if hold is None or (isinstance(hold, _Pin) and hold.storage() is None):
-                    self.by_storage.pop(key, None)
-            self._sweep_at = 2 * len(self.by_storage) + _SLACK
+        code, offset = instruction
+        key = site_key(code, offset)
+        if key not in trace:
+            if len(trace) > _SITES_KEPT:
+                trace.pop(next(key for key in trace if key), None)
+            trace[key] = _Site(code, offset, _version_of(tensor))
+
+    def _sweep(self) -> None:
+        for key, trace in list(self.by_storage.items()):
+            hold = trace[0]()
+            if hold is None or (isinstance(hold, _Pin) and hold.storage() is None):
+                self.by_storage.pop(key, None)
+        self._sweep_at = 2 * len(self.by_storage) + _SLACK
 
     def taken_at(self, storage: int, now: int) -> list[Instruction]:
         """Where aliases were taken since when the version has moved to ``now``, the latest first."""
         trace = self.by_storage.get(storage)
-        if trace is None or trace.hold() is None:
+        if trace is None or trace[0]() is None:
             return []
-        entries = [((trace.code, trace.offset), trace.version), trace.before]
-        return [entry[0] for entry in entries if entry is not None and entry[0] and entry[0][0] and entry[1] < now]
+        sites = [site for key, site in list(trace.items()) if key and site.version < now]
+        return [(site.code, site.offset) for site in reversed(sites)]
 
     def written_by(self, storage: int, expected: int) -> Written | None:
         """The latest silent write to a storage after something was saved there at version ``expected``."""
@@ -130,7 +145,7 @@ class Traces:
     def forget(self, tensor: torch.Tensor) -> None:
         """Let go of one tensor: something is about to ask for a tensor without weak references."""
         for storage, trace in list(self.by_storage.items()):
-            if trace.hold() is tensor:
+            if trace[0]() is tensor:
                 self.by_storage.pop(storage, None)
         for written in list(self.writes):
             written.forget(tensor)

@@ -39,6 +39,7 @@ _original: Any = torch.Tensor.data
 _get: Callable[[torch.Tensor], torch.Tensor] = _original.__get__
 _set: Callable[[torch.Tensor, Any], None] = _original.__set__
 _detach: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+_storage: Callable[[torch.Tensor], torch.UntypedStorage] = torch.Tensor.untyped_storage
 _NO_DATA = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 
 
@@ -71,9 +72,8 @@ def _make_attribute() -> Any:
             except no_memory:  # sparse, opaque, torch.func's
                 return _unusual(tensor, frame)
             trace = traces.get(storage)
-            if (
-                trace is None or trace.offset != frame.f_lasti or trace.code is not frame.f_code or trace.hold() is None
-            ) and not _take_down(tensor, storage, frame):
+            site = id(frame.f_code) ^ (frame.f_lasti << 48)
+            if (trace is None or site not in trace or trace[0]() is None) and not _take_down(tensor, storage, frame):
                 return get(tensor)
             return detach(tensor)
 
@@ -172,7 +172,7 @@ def _may_be_saved(tensor: Any, value: Any) -> bool:
         try:
             if _torch.holders(tensor) < 2 or not tensor.numel() or not value.numel():
                 return False
-            if tensor.untyped_storage().nbytes() == 0 or value.untyped_storage().nbytes() == 0:
+            if _storage(tensor).nbytes() == 0 or _storage(value).nbytes() == 0:
                 return False
             if tensor.stride() == value.stride() and tensor.data_ptr() == value.data_ptr():
                 return tensor.shape != value.shape or tensor.dtype != value.dtype
@@ -361,9 +361,10 @@ class _Counters:
     """The version counters of the tensors that a storage was asked of: it has none of its own."""
 
     def __init__(self, storage: Any) -> None:
-        self.hold = ref(storage, self._died)
+        self.hold: Any = ref(storage, self._died)
         self.key = int(storage._cdata)
         self.counters: list[torch.Tensor] = []
+        self.latest: Any = None  # a weak hold on the tensor that was asked last
 
     def _died(self, _: Any) -> None:
         if _counters.get(self.key) is self:
@@ -393,6 +394,9 @@ def _enter_counter(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
     entry = _counters.get(key)
     if entry is None or entry.hold() is not storage:
         entry = _counters[key] = _Counters(storage)
+    if entry.latest is not None and entry.latest() is tensor:
+        return
+    entry.latest = ref(tensor)
     if not any(_memory.shares_counter(counter, tensor) for counter in entry.counters):
         entry.counters.append(_memory.counter_of(tensor))
 
@@ -411,7 +415,9 @@ def _route_storage(title: str) -> Callable[[_Below], Route]:
 
 def _wrote_storage(title: str, storage: Any, frame: Any) -> None:
     untyped: Any = getattr(storage, "_untyped_storage", storage)
-    entry = None if not isinstance(untyped, torch.UntypedStorage) else _counters.get(int(untyped._cdata))
+    if not isinstance(untyped, torch.UntypedStorage):
+        return
+    entry = _counters.get(int(untyped._cdata))
     if entry is None or entry.hold() is not untyped or (aside and _policy.state.reasons) or _writes.is_refill(frame):
         return
     with suppress(*_NO_DATA):
@@ -436,6 +442,9 @@ def _swap_tensors(below: _Below) -> Route:
     def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for tensor in _writers.tensors_in([*args, *kwargs.values()]):
             TRACES.forget(tensor)
+            for entry in list(_counters.values()):
+                if entry.latest is not None and entry.latest() is tensor:
+                    entry.latest = None
         return below.call(wrapped)(*args, **kwargs)
 
     return route
@@ -460,6 +469,7 @@ def _take_dlpack(below: _Below) -> Route:
         if type(source) in plain and type(result) in plain and not (aside and _policy.state.reasons):
             with suppress(*_NO_DATA):
                 if _memory.version_of(source) >= 0 and result.data_ptr() == source.data_ptr():
+                    TRACES.take_down(source, _torch.storage_id(source), _places.user_instruction(sys._getframe(1)))
                     return _memory.with_counter(source, result)
         return result
 
