@@ -69,9 +69,12 @@ _free: Any = getattr(_Storage, "_free_weak_ref", None)
 _CAN_HOLD_WEAKLY = all(hasattr(_Storage, name) for name in ("_weak_ref", "_new_with_weak_ptr", "_free_weak_ref"))
 
 
-def weak_storage(tensor: torch.Tensor, kind: type[WeakStorage] = WeakStorage) -> WeakStorage | None:
+_untyped_storage: Callable[[torch.Tensor], Any] = torch.Tensor.untyped_storage
+
+
+def weak_storage(tensor: torch.Tensor) -> WeakStorage | None:
     """A weak hold on the tensor's storage; None where this torch has none."""
-    return kind(tensor.untyped_storage()) if _CAN_HOLD_WEAKLY else None
+    return WeakStorage(_untyped_storage(tensor)) if _CAN_HOLD_WEAKLY else None
 
 
 # ---- version counters --------------------------------------------------------------------------------------

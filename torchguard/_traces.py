@@ -1,11 +1,11 @@
 """Where were aliases of which memory taken lately, and where were silent writes made?
 
-What ``watch()`` keeps so that a refusal can name places: for each storage the instructions that took an alias of it,
-and the latest silent writes. All holds are weak.
+What ``watch()`` keeps so that a refusal can name places: for each tensor the instructions that took an alias of it, and
+the latest silent writes. All holds are weak.
 
-Note [One storage, one trace]. A trace is found by the identity of its storage, and that may be used again once the
-storage is gone. So a trace has a hold that tells: on the tensor itself, which is cheap, where it is a parameter or held
-by another tensor (a gradient); else on the storage, since a tensor is often gone long before its memory is.
+Note [Traces of the dead]. A trace goes with its tensor, but memory can outlive that: what an operation returned is
+often gone long before the save of it. Such a trace also holds its storage, weakly, and is kept by that once the tensor
+dies. Parameters, and what C++ holds, do without.
 """
 
 from __future__ import annotations
@@ -26,13 +26,6 @@ _WRITES_KEPT = 256
 _SITES_KEPT = 16
 
 
-class _Pin(_torch.WeakStorage):
-    """A weak hold on a storage; as long as it is there, no other storage has its identity."""
-
-    def __call__(self) -> _Pin:
-        return self
-
-
 class _Site(NamedTuple):
     """An instruction that takes an alias, and the version of the memory when it first did."""
 
@@ -41,14 +34,25 @@ class _Site(NamedTuple):
     version: int
 
 
-#: Where aliases of one storage were taken: sites by :func:`site_key`, and under 0 the hold, which answers None once
-#: the trace may be another storage's. A plain dictionary, because it is looked into at every ``.data``.
+#: The sites where aliases of one tensor were taken, by one number (the address of the code plus the offset); under 0
+#: the hold on the tensor, under 1 that on its storage. A plain dictionary: it is looked into at every ``.data``.
 Trace = dict[int, Any]
 
 
-def site_key(code: CodeType | None, offset: int) -> int:
-    """One number for an instruction: addresses have 48 bits. (Written out where it has to be fast.)"""
-    return id(code) ^ (offset << 48)
+class _Hold(ref[torch.Tensor]):
+    """A weak hold on a tensor that knows under which number its trace is kept."""
+
+    __slots__ = ("key",)
+
+    key: int
+
+    def __new__(cls, tensor: torch.Tensor, when_dead: Any) -> _Hold:
+        self: _Hold = ref.__new__(cls, tensor, when_dead)
+        self.key = id(tensor)
+        return self
+
+    # ref defines __init__ with its own arguments
+    def __init__(self, *_: Any) -> None: ...
 
 
 class Written:
@@ -86,56 +90,58 @@ def _lies_in(held: Any, storage: int) -> bool:
     return held is not None and _memory.storage_of(held) == storage
 
 
-def _hold_of(tensor: torch.Tensor) -> Any:
-    tensor = _torch.behind(tensor)
-    stays = tensor.grad_fn is None and (tensor.requires_grad or _torch.holders(tensor) > 1)
-    return (None if stays else _torch.weak_storage(tensor, _Pin)) or ref(tensor)
-
-
-def _version_of(tensor: torch.Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # made in inference mode
-        return -1
-
-
 class Traces:
     """What is remembered of the process's aliases and silent writes."""
 
     def __init__(self) -> None:
-        self.by_storage: dict[int, Trace] = {}
-        self.writes: deque[Written] = deque(maxlen=_WRITES_KEPT)
+        self.by_tensor: dict[int, Trace] = {}
+        self._by_storage: dict[int, Trace] = {}  # of tensors that are gone
         self._sweep_at = _SLACK
+        self.writes: deque[Written] = deque(maxlen=_WRITES_KEPT)
 
-    def take_down(self, tensor: torch.Tensor, storage: int, instruction: Instruction) -> None:
+    def take_down(self, tensor: torch.Tensor, instruction: Instruction) -> None:
         """An alias of ``tensor`` is being taken."""
-        trace = self.by_storage.get(storage)
-        if trace is None or trace[0]() is None:
-            trace = self.by_storage[storage] = {0: _hold_of(tensor)}
-            if len(self.by_storage) > self._sweep_at:
-                self._sweep()
+        tensor = _torch.behind(tensor)
+        trace = self.by_tensor.get(id(tensor))
+        if trace is None:
+            stays = tensor.grad_fn is None and (tensor.requires_grad or _torch.holders(tensor) > 1)
+            weak = None if stays else _torch.weak_storage(tensor)
+            trace = self.by_tensor[id(tensor)] = {0: _Hold(tensor, self._died), 1: weak}
         if instruction is None:
             return
         code, offset = instruction
-        key = site_key(code, offset)
+        key = id(code) + offset
         if key not in trace:
             if len(trace) > _SITES_KEPT:
-                trace.pop(next(key for key in trace if key), None)
-            trace[key] = _Site(code, offset, _version_of(tensor))
+                trace.pop(next(key for key in trace if key > 1), None)
+            try:
+                version = tensor._version
+            except RuntimeError:  # made in inference mode: it has none, and cannot be saved
+                return
+            trace[key] = _Site(code, offset, version)
 
-    def _sweep(self) -> None:
-        for key, trace in list(self.by_storage.items()):
-            hold = trace[0]()
-            if hold is None or (isinstance(hold, _Pin) and hold.storage() is None):
-                self.by_storage.pop(key, None)
-        self._sweep_at = 2 * len(self.by_storage) + _SLACK
+    def _died(self, hold: Any) -> None:
+        trace = self.by_tensor.get(hold.key)
+        if trace is None or trace[0] is not hold:
+            return
+        del self.by_tensor[hold.key]
+        weak = trace[1]
+        storage = None if weak is None else weak.storage()
+        if storage is not None:
+            self._by_storage[int(storage._cdata)] = trace
+            if len(self._by_storage) > self._sweep_at:
+                for key, trace in list(self._by_storage.items()):
+                    if trace[1].storage() is None:
+                        self._by_storage.pop(key, None)
+                self._sweep_at = 2 * len(self._by_storage) + _SLACK
 
     def taken_at(self, storage: int, now: int) -> list[Instruction]:
         """Where aliases were taken since when the version has moved to ``now``, the latest first."""
-        trace = self.by_storage.get(storage)
-        if trace is None or trace[0]() is None:
-            return []
-        sites = [site for key, site in list(trace.items()) if key and site.version < now]
+        traces = [trace for trace in list(self.by_tensor.values()) if _lies_in(trace[0](), storage)]
+        gone = self._by_storage.get(storage)
+        if gone is not None:
+            traces.insert(0, gone)
+        sites = [site for trace in traces for key, site in trace.items() if key > 1 and site.version < now]
         return [(site.code, site.offset) for site in reversed(sites)]
 
     def written_by(self, storage: int, expected: int) -> Written | None:
@@ -144,15 +150,14 @@ class Traces:
 
     def forget(self, tensor: torch.Tensor) -> None:
         """Let go of one tensor: something is about to ask for a tensor without weak references."""
-        for storage, trace in list(self.by_storage.items()):
-            if trace[0]() is tensor:
-                self.by_storage.pop(storage, None)
+        self.by_tensor.pop(id(tensor), None)
         for written in list(self.writes):
             written.forget(tensor)
 
     def clear(self) -> None:
         """Nobody is watching any more."""
-        self.by_storage.clear()
+        self.by_tensor.clear()
+        self._by_storage.clear()
         self.writes.clear()
 
 

@@ -46,15 +46,40 @@ _NO_DATA = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 # ---- x.data ------------------------------------------------------------------------------------------------
 
 
+def _references_to_a_gradient() -> int:
+    """What ``sys.getrefcount`` says in a descriptor of a tensor that only another tensor, and no Python, holds.
+
+    ``p.grad.data`` makes a new trace at every step, of a tensor that nobody has a name for: it is not worth one.
+    """
+
+    class Probe:
+        def __get__(self, tensor: Any, owner: Any = None) -> int:
+            return sys.getrefcount(tensor)
+
+    class Probed(torch.Tensor):
+        references = Probe()
+
+    with _torch.no_torch_function():
+        holder = torch.ones(1, device="cpu", requires_grad=True)
+        holder.grad = torch.ones(1, device="cpu").as_subclass(Probed)
+        gradient: Any = holder
+        return int(gradient.grad.references)
+
+
 def _make_attribute() -> Any:
     """The descriptor in the place of ``torch.Tensor.data``; all it uses is bound to local names."""
     original, get, detach = _original, _get, _detach
     plain = _memory.PLAIN_TYPES
     mode_active = _torch.function_mode_active
-    storage_id = _torch.storage_id
-    traces = TRACES.by_storage
+    traces = TRACES.by_tensor
     getframe = sys._getframe
-    no_memory = _memory.NO_MEMORY
+    references = sys.getrefcount
+    of_a_gradient = _references_to_a_gradient()
+    own = _places.inside_library.get
+    holders = _torch.holders
+
+    def is_new_gradient(tensor: torch.Tensor) -> bool:
+        return tensor.grad_fn is None and not tensor.requires_grad and holders(tensor) > 1
 
     class Data:
         """``x.data``, sharing the counter of ``x``."""
@@ -62,20 +87,21 @@ def _make_attribute() -> Any:
         __slots__ = ()
 
         def __get__(self, tensor: Any, owner: Any = None) -> Any:
+            frame = getframe(1)
+            trace = traces.get(id(tensor))
+            if trace is not None and id(frame.f_code) + frame.f_lasti in trace and not aside and not mode_active():
+                return detach(tensor)
             if tensor is None:
                 return original
-            frame = getframe(1)
-            if aside or type(tensor) not in plain or mode_active():
+            if type(tensor) not in plain or aside or mode_active() or not _has_storage(tensor):
                 return _unusual(tensor, frame)
-            try:
-                storage = storage_id(tensor)
-            except no_memory:  # sparse, opaque, torch.func's
-                return _unusual(tensor, frame)
-            trace = traces.get(storage)
-            site = id(frame.f_code) ^ (frame.f_lasti << 48)
-            if (trace is None or site not in trace or trace[0]() is None) and not _take_down(tensor, storage, frame):
-                return get(tensor)
-            return detach(tensor)
+            if (
+                references(tensor) <= of_a_gradient
+                and is_new_gradient(tensor)
+                and own(frame.f_code.co_filename) is False
+            ):
+                return detach(tensor)
+            return detach(tensor) if _take_down(tensor, frame) else get(tensor)
 
         def __set__(self, tensor: Any, value: Any) -> None:
             rebind(tensor, value, getframe(1))
@@ -84,6 +110,14 @@ def _make_attribute() -> Any:
             original.__delete__(tensor)
 
     return Data()
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    """Whether it is no wrapper of torch.func's, and neither sparse nor opaque."""
+    try:
+        return bool(_torch.storage_id(tensor))
+    except _memory.NO_MEMORY:
+        return False
 
 
 def alias_of(tensor: torch.Tensor, frame: Any) -> tuple[Any, bool]:
@@ -99,16 +133,16 @@ def _shares(alias: torch.Tensor, tensor: torch.Tensor) -> bool:
         return False
 
 
-def _take_down(tensor: torch.Tensor, storage: int, frame: Any) -> bool:
+def _take_down(tensor: torch.Tensor, frame: Any) -> bool:
     """Remember where an alias is taken; False if it is to be a plain one. See Note [Who keeps the plain alias]."""
     code = frame.f_code
     filename = code.co_filename
     if not _places.is_library(filename):
-        TRACES.take_down(tensor, storage, (code, frame.f_lasti))
+        TRACES.take_down(tensor, (code, frame.f_lasti))
         return True
     if filename.endswith(_PLAIN_FOR) or _writes.is_refill(frame):
         return False
-    TRACES.take_down(tensor, storage, _places.user_instruction(frame))
+    TRACES.take_down(tensor, _places.user_instruction(frame))
     return True
 
 
@@ -119,8 +153,7 @@ def _unusual(tensor: torch.Tensor, frame: Any) -> Any:
         return plain
     with _torch.no_torch_function():
         try:
-            storage = _memory.storage_of(tensor)
-            if not _take_down(tensor, storage, frame) or _torch.is_simulated(plain):
+            if not _take_down(tensor, frame) or _torch.is_simulated(plain):
                 return plain
             alias = _detach(tensor)
             if plain._base is not None and type(alias) is not type(plain):
@@ -469,7 +502,7 @@ def _take_dlpack(below: _Below) -> Route:
         if type(source) in plain and type(result) in plain and not (aside and _policy.state.reasons):
             with suppress(*_NO_DATA):
                 if _memory.version_of(source) >= 0 and result.data_ptr() == source.data_ptr():
-                    TRACES.take_down(source, _torch.storage_id(source), _places.user_instruction(sys._getframe(1)))
+                    TRACES.take_down(source, _places.user_instruction(sys._getframe(1)))
                     return _memory.with_counter(source, result)
         return result
 
