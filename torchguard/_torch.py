@@ -115,14 +115,14 @@ no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_Dis
 no_transforms: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableFuncTorch", nullcontext)
 
 
-_innermost_transform: Callable[[], Any] = getattr(
+innermost_transform: Callable[[], Any] = getattr(
     getattr(_C, "_functorch", None), "peek_interpreter_stack", lambda: None
 )
 
 
 def any_mode_active() -> bool:
     """Whether a user's mode, or a transform of torch.func, would see what is done with tensors now."""
-    return function_mode_active() or dispatch_mode_depth() > 0 or _innermost_transform() is not None
+    return function_mode_active() or dispatch_mode_depth() > 0 or innermost_transform() is not None
 
 
 @contextmanager

@@ -73,6 +73,7 @@ def _make_attribute() -> Any:
     mode_active = _torch.function_mode_active
     traces = TRACES.by_tensor
     getframe = sys._getframe
+    transform = _torch.innermost_transform
     references = sys.getrefcount
     of_a_gradient = _references_to_a_gradient()
     own = _places.inside_library.get
@@ -89,11 +90,12 @@ def _make_attribute() -> Any:
         def __get__(self, tensor: Any, owner: Any = None) -> Any:
             frame = getframe(1)
             trace = traces.get(id(tensor))
-            if trace is not None and id(frame.f_code) + frame.f_lasti in trace and not aside and not mode_active():
+            usual = not aside and not mode_active() and transform() is None
+            if usual and trace is not None and id(frame.f_code) + frame.f_lasti in trace:
                 return detach(tensor)
             if tensor is None:
                 return original
-            if type(tensor) not in plain or aside or mode_active() or not _has_storage(tensor):
+            if not usual or type(tensor) not in plain or not _has_storage(tensor):
                 return _unusual(tensor, frame)
             if (
                 references(tensor) <= of_a_gradient
@@ -153,9 +155,13 @@ def _unusual(tensor: torch.Tensor, frame: Any) -> Any:
         return plain
     with _torch.no_torch_function():
         try:
-            if not _take_down(tensor, frame) or _torch.is_simulated(plain):
+            if _torch.is_simulated(plain) or _is_tracked_within(tensor) or not _take_down(tensor, frame):
                 return plain
-            alias = _detach(tensor)
+            if _torch.is_wrapper(tensor):
+                alias = _detach(tensor)
+            else:
+                with _torch.no_transforms():  # that are on would wrap it
+                    alias = _detach(tensor)
             if plain._base is not None and type(alias) is not type(plain):
                 alias = alias.as_subclass(type(plain))  # as torch makes it: a view of a plain alias
             if _looks_like(alias, plain):
@@ -165,6 +171,14 @@ def _unusual(tensor: torch.Tensor, frame: Any) -> Any:
         except _NO_DATA:
             pass
     return plain
+
+
+def _is_tracked_within(tensor: torch.Tensor) -> bool:
+    """Whether it is a wrapper of torch.func's around what is differentiated too: ``.data`` leaves that as it is, where
+    ``detach()`` takes it out of all graphs at once.
+    """
+    inner = list(_torch.levels_of(tensor))[1:]
+    return len(inner) > 1 or (len(inner) == 1 and inner[0].requires_grad)
 
 
 def _looks_like(alias: torch.Tensor, plain: torch.Tensor) -> bool:
