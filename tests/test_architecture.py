@@ -106,7 +106,7 @@ WITHOUT_TORCH = {
 } | {name for name in MAY_IMPORT if name.startswith("_report")}  # fmt: skip
 
 #: What may be imported from outside, beside the standard library.
-MAY_IMPORT_WRAPT = {"_intercept"}
+MAY_IMPORT_WRAPT = {"_intercept", "_patching"}
 MAY_IMPORT_PYTEST = {"pytest_plugin"}
 MAY_IMPORT_JINJA = {"_report._page"}  # torch brings it
 

@@ -253,11 +253,16 @@ def test_a_training_pass_between_an_evaluation_and_its_backward() -> None:
         bn.train()(torch.randn(4, 3))
         with pytest.raises(SavedTensorCorruptionError, match="batch_norm"):
             out.square().sum().backward()
-        out = bn.eval()(x)
-        out.square().sum().backward()
-        del out
-        out = bn.train()(x)
-        (out + bn(x)).sum().backward()
+
+
+def test_training_passes_once_the_evaluation_has_had_its_backward() -> None:
+    bn = nn.BatchNorm1d(3).eval()
+    x = torch.randn(4, 3, requires_grad=True)
+    with watch() as guard:
+        bn(x).square().sum().backward()
+        bn.train()
+        (bn(x) + bn(x)).sum().backward()
+    assert guard.violations == []
 
 
 # ---- what must stay as it is ----------------------------------------------------------------------------------------
