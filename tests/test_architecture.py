@@ -68,6 +68,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_refusal": {"_torch"},
     "_replay": {"_counts", "_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
+    "_report": {"_report._merging", "_report._records", "_report._writer"},
+    "_report._files": {"_config", "_report._page", "_report._records", "_report._sarif"},
+    "_report._highlight": set(),
+    "_report._merging": {"_report._files", "_report._records"},
+    "_report._page": {"_report._highlight", "_report._records"},
+    "_report._records": {"_model", "_violation"},
+    "_report._sarif": {"_report._records"},
+    "_report._source": set(),
+    "_report._writer": {"_report._files", "_report._records", "_report._source", "_violation"},
     "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves"},
     "_saves": {
         "_aliases", "_counts", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch",
@@ -95,6 +104,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_stats", "_suppressions", "_violation",
         "_watch",
     },
+    "integrations": set(),
+    "integrations._callback": {"_config", "_findings", "_violation", "guard"},
+    "integrations.lightning": {"integrations._callback"},
+    "integrations.transformers": {"integrations._callback"},
     "pytest_plugin": {"_config", "_model", "_report", "_suppressions", "_switch", "_tracebacks", "_violation", "guard"},
 }  # fmt: skip
 

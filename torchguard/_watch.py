@@ -59,7 +59,7 @@ def _references_to_a_gradient() -> int:
     class Probed(torch.Tensor):
         references = Probe()
 
-    with _torch.no_torch_function():
+    with _torch.unseen():
         holder = torch.ones(1, device="cpu", requires_grad=True)
         holder.grad = torch.ones(1, device="cpu").as_subclass(Probed)
         gradient: Any = holder
