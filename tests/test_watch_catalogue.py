@@ -119,9 +119,8 @@ def check_watched(case: Program) -> None:
     if detached is not None and REFUSES.search(str(detached)):
         assert refused, f"{case}: with detach() PyTorch refuses it: {detached}"
     elif refused and case.kind != "corrupting":
-        assert case.route in MOVED_BY_WATCH or case.route in STAYS_PLAIN, (
-            f"{case}: refused for no reason: {found.error}"
-        )
+        moved = case.route in MOVED_BY_WATCH or re.search("apply_|map_|map2_", case.name)
+        assert moved or case.route in STAYS_PLAIN, f"{case}: refused for no reason: {found.error}"
 
 
 @pytest.mark.parametrize("case", PROGRAMS, ids=str)
