@@ -35,11 +35,14 @@ NOT_COVERED = {
     "storage methods": "a storage whose tensor was asked for it before the guard",
     "torch.compile": "what a Function stashed is not checked, nor what inductor saved of a view",
     "torch.func": "inside transforms of tensors that are differentiated outside as well, and pulls after them",
+    "wrapper subclass": "what is written to inside a wrapper moves the counter of what is inside",
     "running statistics": "statistics that another operation than batch normalisation saved",
 }
 
 #: Of these routes the programs that must be refused all the same.
-COVERED = re.compile(r"^(?!.*(before_the_guard|storage_object)).*(from_dlpack_by_torch|alias_from_dlpack(_of|_int|$))")
+COVERED = re.compile(
+    r"^(?!.*(before_the_guard|storage_object)).*(from_dlpack_by_torch|alias_from_dlpack(_of|_int|$)|wrapped_data)"
+)
 
 #: Single programs.
 NOT_COVERED_PROGRAMS = {

@@ -189,7 +189,7 @@ def _looks_like(alias: torch.Tensor, plain: torch.Tensor) -> bool:
         and alias.dtype == plain.dtype
         and alias.requires_grad == plain.requires_grad
         and (alias._base is None) == (plain._base is None)
-        and _memory.storage_of(alias) == _memory.storage_of(plain)
+        and (_memory.storage_of(alias) == _memory.storage_of(plain) or not _memory.has_memory(plain))
     )
 
 
