@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs gallery bench compare probe clean
+.PHONY: help demo test lint format docs gallery bench compare probe fuzz sweep soak clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -42,6 +42,15 @@ compare: $(VENV)/installed-dev ## how many programs of the catalogue PyTorch's o
 
 probe: $(VENV)/installed-dev ## run every writer of torch and write down which move no version counter (ARGS=--check)
 	@$(BIN)/python tools/probe_counters.py $(ARGS)
+
+fuzz: $(VENV)/installed-dev ## programs that nobody wrote, for 10 minutes (ARGS="--minutes 60 --seed 1 --keep DIR")
+	@$(BIN)/python tools/fuzz.py $(ARGS)
+
+sweep: $(VENV)/installed-dev ## every operator of PyTorch's database, written to between forward and backward (ARGS="--only exp")
+	@$(BIN)/python tools/sweep.py $(ARGS)
+
+soak: $(VENV)/installed-dev ## an hour of training, threads and guards that come and go (ARGS="--minutes 5")
+	@$(BIN)/python tools/soak.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -39,8 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_fingerprint": {"_memory", "_torch"},
     "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_hooked": {
-        "_aliases", "_counts", "_exports", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads",
-        "_saves", "_torch", "_verdict", "_violation",
+        "_aliases", "_exports", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch",
+        "_verdict", "_violation",
     },
     "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {

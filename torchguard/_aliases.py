@@ -194,13 +194,15 @@ class Aliases:
             self.forget_dead(storage)
 
     def arm(self, storage: int, saved: torch.Tensor) -> bool:
-        """A save is being made in this storage: watch the counters of the aliases that live. False if none
-        does but what is being saved, whose counter is the save's.
+        """A save is being made in this storage: watch the counters of the aliases that live. False if no
+        counter is watched but that of what is being saved, which is the save's.
         """
         alive = False
         for record in self.by_storage.get(storage, ()):
             alias = record()
-            if alias is not None:
+            if alias is None:
+                alive = alive or record.counter is not None  # a ``detach()`` of it may be there still
+            else:
                 alive = alive or alias is not saved
                 if record.counter is None:
                     record.arm(alias)

@@ -30,12 +30,11 @@ import torch.utils.checkpoint
 
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
-from torchguard._counts import COUNTS
 from torchguard._exports import EXPORTS, Export
 from torchguard._overlap import overlaps
 from torchguard._reads import collector, export_behind
-from torchguard._rereads import Reread
-from torchguard._saves import LEDGER, OWN_FILES, Save, extent_of, operation_of_node
+from torchguard._rereads import Reread, running
+from torchguard._saves import LEDGER, OWN_FILES, Save, copy_of, extent_of, operation_of_node
 from torchguard._torch import Hooks
 from torchguard._violation import Kind
 
@@ -51,9 +50,10 @@ class HookedSave(Save):
         layout: dtype, offset, shape and strides of what is judged.
         output_of: type of the node whose output was saved, None for an input.
         reason: why the writes so far are allowed; None if one of them is not.
+        recomputed: whether a checkpoint's function computes it anew when backward reads it.
     """
 
-    __slots__ = ("counter", "held", "layout", "output_of", "packed", "reason", "weak")
+    __slots__ = ("counter", "held", "layout", "output_of", "packed", "reason", "recomputed", "weak")
 
     checked = False
 
@@ -64,6 +64,7 @@ class HookedSave(Save):
     layout: tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]] | None
     output_of: type | None
     reason: str | None
+    recomputed: bool
 
     @property
     def tensor(self) -> torch.Tensor:  # type: ignore[override]
@@ -114,7 +115,12 @@ class HookedSave(Save):
             super().keep_proof(at_most)
 
     def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
-        """A write is coming: keep proof, and compare when backward reads."""
+        """A write is coming: keep proof, and compare when backward reads.
+
+        What is computed anew repeats the writes of a checkpoint's function, and no others.
+        """
+        if self.recomputed and not running.depth:
+            return
         remarks = self.remark()
         if not (remarks.compare or self.tracked or remarks.suspect is not None or remarks.exports):
             # What was copied at the save may not have been filled yet (the noise of an RReLU), and what code outside
@@ -311,14 +317,16 @@ def compose(program: Hooks) -> Hooks:
         output_of = _node_of_output(tensor)
         packed = pack_program(tensor)
         if type(tensor) in plain and not any_mode_active():
-            return _record(tensor, packed, output_of)  # hooks run without grad mode: nobody sees what is done here
+            return _record(
+                tensor, packed, output_of, recomputes
+            )  # hooks run without grad mode: nobody sees what is done here
         with _torch.hidden():
-            return _record(tensor, packed, output_of)
+            return _record(tensor, packed, output_of, recomputes)
 
     def unpack(save: HookedSave) -> torch.Tensor:
         suspicious = save.counter is not None and _suspicious(save)
         certain = suspicious and save.certain
-        error = _verdict_on(save, save.tensor, False) if certain else None
+        error = _verdict_on(save, save.tensor) if certain else None
         if error is None:
             outer = collector.saves
             collector.saves = None  # what it reads itself is not what is asked for
@@ -327,7 +335,7 @@ def compose(program: Hooks) -> Hooks:
             finally:
                 collector.saves = outer
             if suspicious and not certain:
-                error = _verdict_on(save, tensor, recomputes)
+                error = _verdict_on(save, tensor)
         if error is not None:
             del save
             try:
@@ -356,12 +364,12 @@ _PACK_CODE = compose((_nop, _nop))[0].__code__
 def _node_of_output(tensor: torch.Tensor) -> type | None:
     with _torch.no_torch_function():
         node = tensor.grad_fn
-        if node is None or _torch.sequence_number(node) != _torch.next_sequence_number() - 1:
+        if node is None or not _torch.made_last(node, _torch.next_sequence_number()):
             return None
-        return type(node)
+        return _torch.node_type(node)
 
 
-def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> HookedSave:
+def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recomputed: bool) -> HookedSave:
     save = HookedSave.__new__(HookedSave)
     save.packed = packed
     save.counter = None
@@ -370,6 +378,7 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> Hooked
     save.output = 0
     save.output_of = output_of
     save.reason = None
+    save.recomputed = recomputed
     save.held = _nothing
     save.code = save.inner_code = None
     save.offset = save.inner_offset = 0
@@ -408,8 +417,7 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> Hooked
     if form[0] and judged.numel() * judged.element_size() <= PROOF_BYTES_AT_SAVE:
         remarks = save.remark()  # for a tracked write that nobody sees coming
         if remarks.proof is None:
-            COUNTS.copies += 1
-            remarks.proof = judged.detach().clone()
+            remarks.proof = copy_of(judged)
     EXPORTS.meet(save, storage, tensor.grad_fn)
     LEDGER.add(save)
     return save
@@ -450,22 +458,33 @@ def _is_rebound(save: HookedSave) -> bool:
     return tensor is not None and _memory.storage_of(tensor) != save.storage
 
 
-def _verdict_on(save: HookedSave, read: Any, recomputed: bool) -> Exception | None:
+def _verdict_on(save: HookedSave, read: Any) -> Exception | None:
     """What the guard answers, now that backward reads ``read``; returned, so that it is raised without frames that hold
     user tensors.
     """
     try:
         with _torch.no_torch_function():
-            # What a checkpoint's function read from outside is judged when it has run again (see ``_recompute``).
-            reread = recomputed and any(isinstance(entry, Reread) for entry in LEDGER.in_storage(save.storage))
-            if not reread and isinstance(read, torch.Tensor) and _is_changed(save, read, recomputed):
+            if isinstance(read, torch.Tensor) and (_is_repeated if save.recomputed else _is_changed)(save, read):
                 _report(save)
     except Exception as error:
         return error.with_traceback(None)
     return None
 
 
-def _is_changed(save: HookedSave, read: torch.Tensor, recomputed: bool) -> bool:
+def _is_repeated(save: HookedSave, read: torch.Tensor) -> bool:
+    """Whether a checkpoint's function, run again, has written once more over what it saved.
+
+    What it read from outside is judged when it has run again (see ``_recompute``).
+    """
+    if any(isinstance(entry, Reread) for entry in LEDGER.in_storage(save.storage)):
+        return False
+    proof = save.remark().proof
+    if proof is None or read.shape != proof.shape or read.dtype != proof.dtype:
+        return False
+    return not _memory.same_bytes(read, proof)
+
+
+def _is_changed(save: HookedSave, read: torch.Tensor) -> bool:
     """Whether ``read`` is the saved memory and holds something else than what was saved."""
     saved = save.tensor
     remarks = save.remark()
@@ -478,9 +497,8 @@ def _is_changed(save: HookedSave, read: torch.Tensor, recomputed: bool) -> bool:
         return True
     if proof is None or read.shape != proof.shape or read.dtype != proof.dtype:
         return False
-    # A copy. It was made after the write if it holds what the memory holds now, and not what was saved; and what
-    # checkpoint computes anew repeats the write, unless it is what was saved.
-    return not _memory.same_bytes(read, proof) and (recomputed or _memory.same_bytes(read, saved))
+    # A copy. It was made after the write if it holds what the memory holds now, and not what was saved.
+    return not _memory.same_bytes(read, proof) and _memory.same_bytes(read, saved)
 
 
 def _report(save: HookedSave) -> None:

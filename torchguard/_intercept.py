@@ -29,6 +29,7 @@ from torchguard import (
     _policy,
     _pools,
     _preserved,
+    _reads,
     _recompute,
     _refusal,
     _storages,
@@ -40,7 +41,6 @@ from torchguard import (
 from torchguard._aliases import ALIASES
 from torchguard._exports import EXPORTS
 from torchguard._patching import Attribute, Patch, Routed, keep_from_the_compiler, lock, scripted
-from torchguard._reads import DETACHED
 from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
@@ -267,7 +267,7 @@ def _detach_in_place(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
     saves = _writes.detached_in_place(tensor) if isinstance(tensor, torch.Tensor) else []
     result = wrapped(*args, **kwargs)
     for save in saves:
-        save.version = DETACHED
+        save.version = _reads.DETACHED
     return result
 
 
@@ -277,10 +277,11 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     The guard drops its weak references, and for the time of the call PyTorch holds what the guard's saves hold for it.
     """
     held = []
-    tensors = _writers.tensors_in([*args, *kwargs.values()])
+    tensors = list({id(tensor): tensor for tensor in _writers.tensors_in([*args, *kwargs.values()])}.values())
     for tensor in tensors:
         ALIASES.forget(tensor)
         held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor) if save.checked]
+        _reads.let_go(tensor)
         _hooked.let_go(tensor)
     try:
         with let_go(tensors, "swap_tensors()"):
@@ -478,6 +479,14 @@ def uninstall() -> None:
 
 
 def _restore() -> None:
+    try:
+        _put_back()
+    except BaseException:  # Ctrl-C, say: no patch outlives it
+        _put_back()
+        raise
+
+
+def _put_back() -> None:
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
     for patch in reversed([*_patches, *_compiler_patches]):

@@ -146,7 +146,8 @@ def _stretch(tensor: torch.Tensor) -> torch.Tensor:
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's memory as uint8."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    # A single element is contiguous whatever its stride, and is viewed as bytes only if that is 1.
+    return tensor.detach().reshape(-1).as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = ()) -> dict[int, torch.Tensor]:
@@ -283,7 +284,8 @@ def any_within(tensor: torch.Tensor, elements: torch.Tensor, span: Span) -> bool
     low = here.bounds[0]
     picked = elements.view(tensor.shape)
     mask = torch.zeros(_extent(tensor), dtype=torch.bool, device=tensor.device)
-    mask.as_strided(tensor.shape, tensor.stride(), 0).copy_(picked)
+    offsets = torch.arange(_extent(tensor), device=tensor.device).as_strided(tensor.shape, tensor.stride())
+    mask[offsets[picked]] = True  # by offsets, because elements of an expanded tensor lie over each other
     return touched_elements(mask.repeat_interleave(tensor.element_size()), low, span) > 0
 
 

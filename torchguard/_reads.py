@@ -102,6 +102,14 @@ def _refuse(save: Save) -> None:
     raise _refusal.refusal(save.tensor, save.version, node, save.output)
 
 
+def let_go(tensor: torch.Tensor) -> None:
+    """Drop the weak holds on a view that was written in place: something asks for one without weak references."""
+    storage = _memory.storage_of(tensor)
+    for save in LEDGER.in_storage(storage) if storage else ():
+        if save.remarks is not None and save.remarks.view is not None and save.remarks.view() is tensor:
+            save.remarks.view = None
+
+
 def _examine(save: Save) -> None:
     remarks = save.remark()
     for part in remarks.parts:

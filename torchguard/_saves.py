@@ -6,7 +6,8 @@ no garbage collector sees. A save does the same: what it keeps alive, and what `
 what it would be without the guard.
 
 An output is told from an input by the sequence number of the node that made it: the node that is saving right
-now is the one created last in this thread.
+now is the one created last in this thread, but for those of views that were out of date (see ``made_last``). These
+are looked for only where a tensor is new to Python, or was written in place: any other can be no output.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ _FILE_AT = 4096
 
 #: The type of node that a view has once it was written in place.
 _VIEW_NODE = type(torch.ones(1, requires_grad=True).as_strided((1,), (1,)).grad_fn)
+
+#: The type of node that a copy has.
+_COPY_NODE = type(torch.ones(1, requires_grad=True).clone().grad_fn)
 
 #: With ``every_call`` an operation is called from the override: what called the override is its caller.
 OWN_FILES = frozenset(
@@ -157,9 +161,7 @@ class Save:
                 return
             remarks.lent = False
             if remarks.proof is None and _memory.span_of(tensor) is not None and _memory.readable(tensor):
-                with SLOW_PATH:
-                    COUNTS.copies += 1
-                    remarks.proof = tensor.detach().clone()
+                remarks.proof = copy_of(tensor)
 
     def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
         """A write is coming that nobody can judge now: keep proof, and compare when backward reads."""
@@ -266,6 +268,18 @@ class Part(Save):
         self.remark().stashed = True
 
 
+def copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A copy that is proof of the saved bytes; None where there is no room for it, which must not end the program."""
+    try:
+        with SLOW_PATH:
+            COUNTS.copies += 1
+            return tensor.detach().clone()
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        _policy.note_unwatched(f"the bytes of some saves: they could not be copied ({reason})")
+        return None
+
+
 def operation_of_node(name: str) -> str:
     """``"LinalgSvdBackward0"`` -> ``"linalg_svd"``; a custom Function keeps its own name."""
     stem, backward, number = name.partition("Backward")
@@ -322,6 +336,8 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
     mode_active = _torch.function_mode_active
     storage_id = _torch.storage_id
     next_number = _torch.next_sequence_number
+    made_last = _torch.made_last
+    node_type = _torch.node_type
     inside_library = _places.inside_library
     user_instruction = _places.user_instruction
     young = ALIASES.young
@@ -365,8 +381,12 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
             (made := grad_fn._sequence_nr()) == (number := next_number()) - 1
             or number < 0  # this torch does not tell: never risk a cycle
             or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
+            or (
+                (save.version or exotic or references(tensor) <= FRESH)
+                and made_last(grad_fn, number - _copied_itself(save))
+            )
         ):
-            node = save.node = type(grad_fn)
+            node = save.node = node_type(grad_fn)
             save.output = tensor.output_nr
             save.tensor = tensor.detach()
             if node is view_node:
@@ -448,6 +468,20 @@ def _latest(most: int) -> list[ref[Save]]:
         return []
 
 
+def _copied_itself(save: Save) -> bool:
+    """Whether what is saving saved a copy of what it was about to write over: the copy has a node, too."""
+    for item in _latest(1):
+        before = item()
+        return (
+            save.version > 0
+            and before is not None
+            and before.node is _COPY_NODE
+            and before.inner_code is save.inner_code
+            and before.inner_offset == save.inner_offset
+        )
+    return False
+
+
 def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
     """A ``_foreach_`` operator makes all its nodes before it saves: only its last output was told as one.
 
@@ -461,7 +495,7 @@ def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
             return
         grad_fn: Any = save.tensor.grad_fn
         number -= 1
-        if not isinstance(grad_fn, node) or _torch.sequence_number(grad_fn) != number:
+        if grad_fn is None or _torch.node_type(grad_fn) is not node or _torch.sequence_number(grad_fn) != number:
             return
         save.node = node
         save.output = save.tensor.output_nr

@@ -266,6 +266,33 @@ def made_since(node: Any, number: int) -> bool:
     return number <= int(node._sequence_nr()) < next_sequence_number()
 
 
+def made_last(node: Any, number: int) -> bool:
+    """Whether ``node`` is the latest, ``number`` being the next sequence number, but for those that its inputs made.
+
+    A view whose base was written in place makes its node when an operation asks for it, and that operation has its own
+    by then. Every other input's node is older than the operation's.
+    """
+    return int(node._sequence_nr()) == number - 1 or any(
+        following is not None and int(following._sequence_nr()) == number - 1 for following, _ in node.next_functions
+    )
+
+
+#: The type of all nodes that have none of their own in Python.
+_GENERIC_NODE: type = type(torch._foreach_exp([torch.ones(1, requires_grad=True)])[0].grad_fn)
+_named_nodes: dict[str, type] = {}
+
+
+def node_type(node: Any) -> type:
+    """The type of a node, named as PyTorch names it: for those without one in Python, a type that stands for it."""
+    kind = type(node)
+    if kind is not _GENERIC_NODE:
+        return kind
+    name = str(node.name())
+    if name not in _named_nodes:
+        _named_nodes[name] = type(name, (), {})
+    return _named_nodes[name]
+
+
 _SAVED = "_raw_saved_"
 _saved_names: dict[type, list[str]] = {}
 _saved_tensors: Any = torch.autograd.function.BackwardCFunction.saved_tensors

@@ -225,7 +225,7 @@ def look(
                 seen.append(save)
             elif lent and save.checked and not save.moved:
                 seen.append(_Spared(save))
-            if not _may_write_to(writer, target, save):
+            if not _may_write_to(target, save):
                 continue
             silent = save.stashed or lent or not (counted and save.shares_counter(target))
             if silent and save.certain:
@@ -237,6 +237,13 @@ def look(
             elif not save.checked:
                 kind: Kind = "unchecked" if not silent else ("write" if counted else "uncounted")
                 save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
+    if hits:  # a call that also writes to the saved tensor itself (``_foreach_``) moves its version: PyTorch refuses it
+        counting = [
+            target
+            for target in writer.targets(args, kwargs)
+            if writer.counts(target, args, kwargs) and not ALIASES.lent(target, _memory.storage_of(target))
+        ]
+        hits[:] = [hit for hit in hits if hit.save.stashed or not any(map(hit.save.shares_counter, counting))]
 
 
 class _Spared:
@@ -250,12 +257,10 @@ class _Spared:
         self._save.version = _memory.version_of(self._save.tensor)
 
 
-def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
-    """Whether the call may write to the save's memory, and PyTorch refuses neither the call nor the save."""
+def _may_write_to(target: torch.Tensor, save: Save) -> bool:
+    """Whether the call may write to the save's memory, and PyTorch does not refuse the save."""
     if save.moved and not save.stashed:
         return False  # PyTorch refuses this save already
-    if not writer.keeps_statistics and writer.refused(target):
-        return False
     return _may_overlap(target, save)
 
 
@@ -301,7 +306,8 @@ def _answer(
         return
     here = _places.user_instruction(frame)
     rehearsal: Rehearsal | None = None
-    if not _places.called_from(frame, _TRUSTED_FILES):
+    refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
+    if not refused and not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
             rehearsal = rehearse(writer, call, args, kwargs)
@@ -532,9 +538,15 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0, lent: bool = False) -> None:
     """Take down an alias with a counter of its own (but if it is lent); watch it at once where a live save needs it."""
     storage = _memory.storage_of(alias)
-    if not storage or version < 0:
+    if not storage:
         return
     saves = LEDGER.in_storage(storage)
+    if version < 0:  # made in inference mode: it has no counter that would tell of a write
+        for save in saves:
+            save.keep_proof(PROOF_BYTES_AT_ALIAS)
+            if save.is_proven:
+                save.remark().compare = True
+        return
     record = ALIASES.enter(alias, storage, here, version, lent)
     if saves and not lent:
         record.arm(alias)

@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
@@ -234,23 +235,26 @@ class Guard(_Block):
             _policy.leave(self)
             _watch.uninstall()
             return
-        if _policy.entered == [self]:
-            _reads.leave_to(self)
-        self._leave()
+        try:
+            if _policy.entered == [self]:
+                _reads.leave_to(self)
+        finally:
+            self._leave()
 
     def _leave(self) -> None:
-        if self._sees_every_call and self._thread == threading.get_ident():
-            _intercept.see_patched_calls()
-            self._sees_every_call = False
-        while self._pairs:
-            pair, thread = self._pairs.pop()
-            if thread == threading.get_ident():
-                _hooks.remove(pair)
-            else:
-                _hooks.abandon(pair, thread)
-        _policy.leave(self)
-        _intercept.uninstall()
-        self.tally.end()
+        with ExitStack() as steps:  # the last one first, and each whatever becomes of the others
+            steps.callback(self.tally.end)
+            steps.callback(_intercept.uninstall)
+            steps.callback(_policy.leave, self)
+            for pair, thread in self._pairs:
+                if thread == threading.get_ident():
+                    steps.callback(_hooks.remove, pair)
+                else:
+                    steps.callback(_hooks.abandon, pair, thread)
+            self._pairs.clear()
+            if self._sees_every_call and self._thread == threading.get_ident():
+                self._sees_every_call = False
+                steps.callback(_intercept.see_patched_calls)
 
     # ---- what it found
 
