@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown depth": (
         lambda: Guard(depth="abyss"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: depth is one of 'saves', not 'abyss'",
+        "torchguard: depth is one of 'watch', 'saves', not 'abyss'",
     ),
     "every_call is no truth value": (
         lambda: Guard(every_call="yes"),  # type: ignore[arg-type]

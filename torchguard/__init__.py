@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         UnwatchedWarning,
         Violation,
     )
-    from torchguard.guard import Guard, allow, strict, warn
+    from torchguard.guard import Guard, allow, strict, warn, watch
 
 __all__ = [
     "Guard",
@@ -27,6 +27,7 @@ __all__ = [
     "enable",
     "strict",
     "warn",
+    "watch",
 ]
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _HOMES = {
     "enable": "_switch",
     "strict": "guard",
     "warn": "guard",
+    "watch": "guard",
 }
 
 

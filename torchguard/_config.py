@@ -20,6 +20,7 @@ from typing import Any
 MODES: dict[str, dict[str, Any]] = {
     "strict": {"action": "raise"},
     "warn": {"action": "warn"},
+    "watch": {"action": "raise", "at": "read", "depth": "watch"},
 }
 #: When a guard can judge.
 MOMENTS: tuple[str, ...] = ("write",)

@@ -8,7 +8,18 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "uncounted", "rebind", "unseen", "exported", "unchecked", "stashed", "wrapped", "recompute"]
+Kind = Literal[
+    "write",
+    "uncounted",
+    "rebind",
+    "unseen",
+    "exported",
+    "unchecked",
+    "stashed",
+    "wrapped",
+    "recompute",
+    "refused",
+]
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,18 @@ versions. Without torchguard, backward() would finish with wrong gradients and n
         unknown_writer="between forward and backward, by code that is not patched: out=, torch.ops, NumPy or C++",
         verb="has changed a tensor that a checkpoint reads again in backward",
     ),
+    "refused": _Wording(
+        "{write} through {alias}",
+        """\
+torchguard.watch() gives an alias made by .data the version counter of its source, and moves the
+counter for writes that move none: so PyTorch sees the write, and refuses. Counters belong to a
+whole storage: a write to another part of it moves them, too.""",
+        "do it after backward(), or on {name}.data.clone(); torchguard.strict() stops at the line that writes",
+        seen=False,
+        by_alias=True,
+        unknown_writer="between alias and read; watch() sees no writes, torchguard.strict() does",
+        verb="moved the version of a tensor saved for backward",
+    ),
 }
 
 _RESET = "\x1b[0m"
@@ -169,6 +192,7 @@ class Violation:
         thread: name of the thread that wrote.
         times: how often this site was hit while the guard was on.
         step: the step of the training that it was first hit in, if the guard was told (``Guard.step``).
+        refusal: PyTorch's own error message, word for word, where PyTorch refused.
     """
 
     kind: Kind
@@ -188,6 +212,7 @@ class Violation:
     times: int = 1
     read: Place | None = None
     step: int | None = None
+    refusal: str = ""
 
     @property
     def site(self) -> tuple[Any, ...]:
@@ -243,11 +268,14 @@ class Violation:
         if self.step is not None:
             lines.append(f"  {paint('step     ', 'label')} {self.step}")
         lines += ["", *(f"  {line}" for line in self._explanation()), *self._ways_out(paint)]
+        if self.refusal:
+            lines += ["", self.refusal]
         return "\n".join(lines)
 
     def _headline(self) -> str:
         wording = _WORDINGS[self.kind]
-        what = wording.headline.format(write=self.operation or "a write", alias=self._alias())
+        headline = "{write}" if self.kind == "refused" and self.aliased is None else wording.headline
+        what = headline.format(write=self.operation or "a write", alias=self._alias())
         corrupts = "would corrupt" if self.caught == "write" else "may have corrupted"
         return f"{what} {wording.verb or corrupts + ' a tensor saved for backward'}"
 
@@ -263,16 +291,17 @@ class Violation:
         saved = f"{self.dtype}[{shape}] on {self.device}" + (f", by {self.saved_by}" if self.saved_by else "")
         changed = f"{self.elements} of {self.of} elements"
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
-        if _WORDINGS[self.kind].by_alias:
+        if _WORDINGS[self.kind].by_alias and not (self.kind == "refused" and self.aliased is None):
             places.append(("aliased", self.aliased, ""))
         if self._writer_unknown:
             places.append(("written", None, ""))
             bound = (
-                "up to " if self.kind in ("unseen", "recompute", "stashed", "wrapped") else ""
+                "up to " if self.kind in ("unseen", "recompute", "stashed", "wrapped", "refused") else ""
             )  # the whole save, for all the guard knows
             places.append(("read", self.written, bound + changed))
         else:
-            places.append(("written", self.written, changed))
+            bound = "up to " if self.kind == "refused" else ""
+            places.append(("written", self.written, bound + changed))
             if self.caught == "read" and self.read != self.written:
                 places.append(("read", self.read, ""))
         return places
@@ -282,6 +311,8 @@ class Violation:
         return not _WORDINGS[self.kind].seen and not self.operation
 
     def _unknown(self, label: str) -> str:
+        if label == "saved" and self.kind == "refused":
+            return "(watch() does not keep where: torchguard.strict() does)"
         if label == "aliased":
             return "(the alias was made before the guard came, or by a route it does not follow)"
         if label == "written" and self._writer_unknown:

@@ -117,9 +117,7 @@ class Writer:
     @property
     def title(self) -> str:
         """The name as a report shows it."""
-        if self.on_storage:
-            return self.name
-        return _TITLES.get(self.name, f"{self.name}()")
+        return self.name if self.on_storage else title_of(self.name)
 
     def counts(self, target: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the version counter of ``target`` moves in a call with these arguments."""
@@ -169,6 +167,11 @@ _TITLES = {
     "__ilshift__": "<<=",
     "__irshift__": ">>=",
 }
+
+
+def title_of(name: str) -> str:
+    """A call of this name as a report shows it."""
+    return _TITLES.get(name, f"{name}()")
 
 
 def tensors_in(value: Any) -> Iterable[torch.Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
-from torchguard import _config, _hooks, _intercept, _policy, _reads, _suppressions
+from torchguard import _config, _hooks, _intercept, _policy, _reads, _suppressions, _watch
 from torchguard._findings import Findings
 from torchguard._stats import Stats, Tally
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
@@ -109,7 +109,8 @@ class Guard(_Block):
             :class:`SavedTensorCorruptionWarning` once a site, or just ``"record"`` it.
         at: ``"write"``: judged when the write is about to happen, before memory changes. (What only the
             alias's version counter gives away is judged when backward reads the save.)
-        depth: ``"saves"``: every tensor that autograd saves is known.
+        depth: ``"saves"``: every tensor that autograd saves is known. ``"watch"``: none is, see :func:`watch`;
+            only with ``action="raise"`` and ``at="read"``.
         every_call: also see calls that no patch sees (``out=``, ``torch.ops``, functions bound before the
             guard), at the cost of about a microsecond for every torch call.
         suppressions: violations to live with: path of a file, or lines ``GLOB[:LINE|:FUNCTION] [KIND] -- REASON``.
@@ -125,16 +126,19 @@ class Guard(_Block):
     def __init__(
         self,
         action: Action = "raise",
-        at: Literal["write"] = "write",
-        depth: Literal["saves"] = "saves",
+        at: Literal["write", "read"] = "write",
+        depth: Literal["watch", "saves"] = "saves",
         every_call: bool = False,
         suppressions: Suppressions = None,
     ) -> None:
         _check("action", action, _ACTIONS)
-        _check("at", at, _config.MOMENTS)
-        _check("depth", depth, ("saves",))
+        _check("depth", depth, ("watch", "saves"))
         if not isinstance(every_call, bool):
             raise TypeError(f"torchguard: every_call is True or False, not {every_call!r}")
+        if depth == "watch":
+            _check_watch(action, at, every_call)
+        else:
+            _check("at", at, _config.MOMENTS)
         self.action: Action = action
         self.at = at
         self.depth = depth
@@ -182,6 +186,18 @@ class Guard(_Block):
                 f"torchguard: this guard {what}; make a new one for each block, with torchguard.strict() say"
             )
         self._thread = threading.get_ident()
+        _intercept.prepare()
+        _watch.prepare()  # neither may find the other's patches
+        if self.depth == "watch":
+            _watch.install()
+            try:
+                _policy.enter(self, everywhere)
+            except BaseException:
+                _policy.leave(self)
+                _watch.uninstall()
+                raise
+            self._state = "entered"
+            return self
         _intercept.install()
         self.tally.begin()
         try:
@@ -206,6 +222,8 @@ class Guard(_Block):
 
     def cover_this_thread(self) -> None:
         """Watch what this thread saves, from now on. (Called by torchguard.)"""
+        if self.depth == "watch":
+            return
         self._pairs.append((_hooks.push(), threading.get_ident()))
 
     def leave(self) -> None:
@@ -213,6 +231,10 @@ class Guard(_Block):
         if self._state != "entered":
             raise RuntimeError("torchguard: this guard is not entered")
         self._state = "left"
+        if self.depth == "watch":
+            _policy.leave(self)
+            _watch.uninstall()
+            return
         try:
             if _policy.entered == [self]:
                 _reads.leave_to(self)
@@ -300,6 +322,18 @@ class Guard(_Block):
         self.findings.note_unwatched(what)
 
 
+def _check_watch(action: str, at: str, every_call: bool) -> None:
+    right = 'depth="watch" goes with action="raise", at="read" and every_call=False, as in torchguard.watch()'
+    if action != "raise":
+        raise ValueError(f"torchguard: PyTorch itself refuses, nothing can only {action}: {right}, not {action!r}")
+    if at != "read":
+        raise ValueError(
+            f"torchguard: no write is seen, the version is compared when backward reads: {right}, not {at!r}"
+        )
+    if every_call:
+        raise ValueError(f"torchguard: no call is seen: {right}, not every_call=True")
+
+
 def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"torchguard: {name} is one of {', '.join(map(repr, choices))}, not {value!r}")
@@ -328,6 +362,26 @@ def warn(*, at: Literal["write"] = "write", every_call: bool = False, suppressio
     return Guard("warn", at, every_call=every_call, suppressions=suppressions)
 
 
+def watch(*, at: Literal["read"] = "read", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+    """Make PyTorch's own check complete, at next to no cost: for production.
+
+    There are no save hooks, and ordinary calls are left alone. Aliases made by ``.data`` share the version counter of
+    their source, and writes that move no counter have it moved for them, so PyTorch refuses at the read what it would
+    refuse had the program said ``.detach()`` where it says ``.data``. Its error is raised as a
+    :class:`SavedTensorCorruptionError`, which holds PyTorch's message word for word and says where the alias was taken.
+    A counter belongs to a whole storage: a write to another row of it is refused, too.
+
+    Args:
+        at: PyTorch compares versions when backward reads; there is no other moment.
+        every_call: no call is seen, so there is nothing to switch on.
+        suppressions: see :class:`Guard`. What is suppressed is refused all the same, in PyTorch's words alone.
+
+    Raises:
+        ValueError: for another ``at`` or ``every_call``.
+    """
+    return Guard("raise", at, "watch", every_call, suppressions)
+
+
 _NEEDS_REASON = 'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
 
 
@@ -354,6 +408,7 @@ class allow(_Block):
     def __enter__(self) -> allow:
         _reads.look_for_unseen_writes()
         _policy.state.reasons.append(self.reason)
+        _watch.aside.append(self.reason)
         return self
 
     def __exit__(
@@ -361,6 +416,8 @@ class allow(_Block):
     ) -> None:
         _reads.look_for_unseen_writes(leaving=True)
         reasons = _policy.state.reasons
+        if self.reason in _watch.aside:
+            _watch.aside.remove(self.reason)
         for i in range(len(reasons) - 1, -1, -1):
             if reasons[i] is self.reason:
                 del reasons[i]
