@@ -7,15 +7,17 @@ no patch can (``out=``, ``torch.ops``, functions bound before the guard came).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import gc
 import importlib
 import inspect
 import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -659,16 +661,31 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """The many small objects made here stay: a search for garbage among them and all of torch takes longer than they
+    do.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def install() -> None:
     """Patch torch; the second and later calls only count."""
     global _installed
     with _lock:
         if _installed == 0:
             if not _patches:
-                _keep_from_the_compiler()
-                prepared = _prepare()
-                _script_names.extend(_scripted(prepared))
-                _patches.extend(prepared)
+                with _without_collections():
+                    _keep_from_the_compiler()
+                    prepared = _prepare()
+                    _script_names.extend(_scripted(prepared))
+                    _patches.extend(prepared)
             EXPORTS.renew()
             try:
                 for patch in _patches:

@@ -101,11 +101,20 @@ class Ledger(Generic[E]):
         groups, is_foreign, filing = self.groups, self._is_foreign, self.filing
         with self._lock:
             filing.append(None)
-            take = pending.popleft
-            taken = len(pending)
-            # Nobody else takes from it. Most have died: they are sorted out without a step of Python's for each.
-            for entry in filter(None, map(_call, [take() for _ in range(taken)])):
-                item = ref(entry)  # the one that was pending: an object has one
+            waiting = pending
+            taken = 0
+            if len(pending) > _LARGE:
+                # Nobody else takes from it. Most have died: they are sorted out without a step of Python's for each.
+                taken = len(pending)
+                take = pending.popleft
+                alive = filter(None, map(_call, [take() for _ in range(taken)]))
+                waiting = deque(ref(entry) for entry in alive)  # the reference that was pending: an object has one
+            while waiting:
+                item = waiting.popleft()
+                taken += waiting is pending
+                entry = item()
+                if entry is None:
+                    continue
                 storage = entry.storage
                 group = groups.get(storage)
                 if group is not None and not any(other() is not None for other in reversed(group)):
