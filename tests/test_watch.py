@@ -533,7 +533,9 @@ def test_nothing_is_left_behind() -> None:
 
 
 @pytest.mark.parametrize("order", ["stacked", "crossed"])
-@pytest.mark.parametrize("kinds", [(strict, watch), (watch, strict), (watch, warn)], ids=["strict_watch", "watch_strict", "watch_warn"])
+@pytest.mark.parametrize(
+    "kinds", [(strict, watch), (watch, strict), (watch, warn)], ids=["strict_watch", "watch_strict", "watch_warn"]
+)
 def test_any_order_of_leaving(kinds: Any, order: str) -> None:
     with strict(), watch():
         pass

@@ -50,6 +50,7 @@ from torchguard._patching import (
     keep_from_the_compiler,
     lock,
     scripted,
+    without_collections,
 )
 from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
@@ -485,10 +486,11 @@ def prepare() -> None:
     """Make the patches, before anything is patched."""
     with lock:
         if not _patches:
-            keep_from_the_compiler()
-            prepared = _prepare()
-            _script_names.extend(scripted(prepared))
-            _patches.extend(prepared)
+            with without_collections():
+                keep_from_the_compiler()
+                prepared = _prepare()
+                _script_names.extend(scripted(prepared))
+                _patches.extend(prepared)
 
 
 def install() -> None:

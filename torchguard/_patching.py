@@ -6,15 +6,17 @@ that is taken out from below hands what was there before it to the one above.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import gc
 import importlib
 import inspect
 import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import wrapt
@@ -79,7 +81,7 @@ def _of_what_is_wrapped(name: str) -> Any:
     return property(lambda self: getattr(self.__wrapped__, name))
 
 
-class BoundWriter(Copied, functools.partial):  # type: ignore[type-arg]
+class _BoundWriter(Copied, functools.partial):  # type: ignore[type-arg]
     # x.add_ while torch.Tensor.add_ is routed. Calling a partial is all in C; for all but a call it is what it stands
     # for. (No __getattribute__: dynamo takes that for something that it cannot trace.)
     __slots__ = ()
@@ -98,13 +100,13 @@ class BoundWriter(Copied, functools.partial):  # type: ignore[type-arg]
         return dir(self.__wrapped__)
 
     def __eq__(self, other: object) -> Any:
-        return self.__wrapped__ == (other.__wrapped__ if isinstance(other, BoundWriter) else other)
+        return self.__wrapped__ == (other.__wrapped__ if isinstance(other, _BoundWriter) else other)
 
     def __hash__(self) -> int:
         return hash(self.__wrapped__)
 
 
-BoundWriter.__module__ = _of_what_is_wrapped("__module__")
+_BoundWriter.__module__ = _of_what_is_wrapped("__module__")
 
 
 class RoutedWriter(Routed):
@@ -115,7 +117,7 @@ class RoutedWriter(Routed):
         self._self_call = call
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else BoundWriter(self._self_call, instance)
+        return self if instance is None else _BoundWriter(self._self_call, instance)
 
 
 class RoutedMethod:
@@ -131,7 +133,7 @@ class RoutedMethod:
         self.call = call
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self.on_class if instance is None else BoundWriter(self.call, instance)
+        return self.on_class if instance is None else _BoundWriter(self.call, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
@@ -237,6 +239,20 @@ def keep_from_the_compiler() -> None:
         code = codes.pop()
         _torch.skip_compiling(code)
         codes += filter(inspect.iscode, code.co_consts)
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """The many small objects made here stay: a search for garbage among them and all of torch takes longer than they
+    do.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def scripted(patches: Sequence[Patch]) -> list[tuple[Any, str]]:

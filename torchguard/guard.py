@@ -199,8 +199,8 @@ class Guard(_Block):
             self._state = "entered"
             return self
         _intercept.install()
-        self.tally.begin()
         try:
+            self.tally.begin()
             _policy.enter(self, everywhere)
             if everywhere:
                 self.cover_this_thread()
