@@ -885,7 +885,7 @@ class Maker:
             or line.partition(" ")[2][:2] in ("+=", "*=", "-=", "/=")
         ):
             return False
-        if self.space[source].is_leaf and self.one_in(2):
+        if _is(lambda value: value.is_leaf, self.space[source]) and self.one_in(2):
             return self.emit(f"{source}.register_post_accumulate_grad_hook(lambda _: looked({line}))")
         return self.emit(f"{source}.register_hook(lambda _: looked({line}))")
 

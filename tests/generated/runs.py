@@ -300,11 +300,18 @@ def bytes_of(tensor: torch.Tensor) -> Any:
 
 
 class Recorder:
-    """Sees whether the bytes of a live save have changed without its version having moved."""
+    """Sees whether the bytes of a live save have changed without its version having moved.
+
+    Attributes:
+        changed: whether any has, at any moment that was looked at.
+        read: whether backward has read one that had.
+        saves: how many there were.
+    """
 
     def __init__(self) -> None:
         self._live: weakref.WeakSet[_Recorded] = weakref.WeakSet()
         self.changed = False
+        self.read = False
         self.saves = 0
 
     def hooks(self) -> AbstractContextManager[Any]:
@@ -318,19 +325,13 @@ class Recorder:
 
     def _unpack(self, save: _Recorded) -> torch.Tensor:
         save.check()
-        self.look_at(save)
+        self.read = self.read or save.is_changed
+        self.changed = self.changed or self.read
         return save.tensor
-
-    def look_at(self, save: _Recorded) -> None:
-        if save.tensor._version == save.version and (
-            bytes_of(save.tensor) != save.bytes or _meaning(save.tensor) != save.meaning
-        ):
-            self.changed = True
 
     def look(self) -> None:
         """Look at all live saves."""
-        for save in list(self._live):
-            self.look_at(save)
+        self.changed = self.changed or any(save.is_changed for save in list(self._live))
 
 
 def _meaning(tensor: torch.Tensor) -> Any:
@@ -342,3 +343,10 @@ class _Recorded(Save):
         super().__init__(tensor)
         self.bytes = bytes_of(tensor)
         self.meaning = _meaning(tensor)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it has other bytes now, or lies elsewhere, and PyTorch would not refuse it."""
+        return self.tensor._version == self.version and (
+            bytes_of(self.tensor) != self.bytes or _meaning(self.tensor) != self.meaning
+        )
