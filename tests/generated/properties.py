@@ -46,6 +46,8 @@ class Known:
         truth: what it does where each save is cloned.
         written: whether the bytes of a live save change silently.
         read: whether backward reads such a save.
+        touched: whether the bytes of a live save change, in whatever way.
+        repaired: what it does where each save is cloned and no version compared.
         wrong: names of the results that are not the truth, where plain PyTorch finishes.
         saves: how many tensors autograd saves.
     """
@@ -54,6 +56,8 @@ class Known:
     truth: Outcome
     written: bool
     read: bool
+    touched: bool
+    repaired: Outcome
     wrong: list[str]
     saves: int
 
@@ -72,13 +76,14 @@ def known(program: Program) -> Known:
     with quiet():
         plain = run(program)
         truth = run(program, cloning(), threads=False)
+        repaired = run(program, cloning(refusing=False), threads=False)
         recorder = Recorder()
         recorded = run(program, recorder.hooks(), recorder.look, threads=False)
     wrong = []
     if plain.error is None and truth.error is None:
         wrong = differ(plain.results, truth.results)
     del recorded
-    return Known(plain, truth, recorder.changed, recorder.read, wrong, recorder.saves)
+    return Known(plain, truth, recorder.changed, recorder.read, recorder.touched, repaired, wrong, recorder.saves)
 
 
 Make = Callable[[], torchguard.Guard]
@@ -121,7 +126,7 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
         fail("left", f"{now} instead of {before}")
     spoke = bool(guard.violations)
     raises, repairs = guard.action == "raise", str(guard.action) == "repair"
-    may_speak = facts.read if str(guard.at) == "read" else facts.written
+    may_speak = facts.touched if repairs else facts.read if str(guard.at) == "read" else facts.written
     plain = facts.plain
     if outcome.error is not None and outcome.error[0] == "SavedTensorCorruptionError":
         if not raises:
@@ -135,7 +140,10 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
     if not spoke and facts.wrong and not (not guard.every_call and _out_of_sight(program)):
         fail("missed", ", ".join(facts.wrong))
     if not (raises and spoke):
-        if plain.error is not None:
+        if repairs and spoke:
+            if (outcome.error is None) != (facts.repaired.error is None):
+                fail("not repaired", f"{outcome.error} instead of {facts.repaired.error}")
+        elif plain.error is not None:
             if outcome.error is None:
                 fail("let through", plain.error[1])
             elif not _same_error(outcome.error, plain.error, program) or outcome.line != plain.line:
@@ -143,7 +151,7 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
         elif outcome.error is not None:
             fail("crash", f"line {outcome.line}: {outcome.error}")
         if repairs and spoke:
-            if plain.error is None and (changed := differ(outcome.results, facts.truth.results)) and not found:
+            if outcome.error is None and (changed := differ(outcome.results, facts.repaired.results)) and not found:
                 fail("not repaired", ", ".join(changed))
         elif (changed := same_bits(outcome.results, plain.results)) and not found:
             fail("changed", ", ".join(changed))
