@@ -295,7 +295,7 @@ def _also_under_the_programs_hooks(pair: Hooks, make: Callable[[Hooks], Hooks]) 
     push = autograd._push_saved_tensors_default_hooks
 
     def pushed(pack: Any, unpack: Any) -> None:
-        own = pack.__code__.co_filename == checkpoint.__code__.co_filename
+        own = pack.__code__.co_filename == torch.utils.checkpoint.__file__
         push(*((pack, unpack) if own else make((pack, unpack))))
 
     push(*pair)
