@@ -127,6 +127,15 @@ y3 = y2.cumprod(-1)
 y2.data = y2.data.clone() * 2
 y3.sum().backward()
 """,
+    "view_made_without_grad_mode_is_written_to": """
+a1 = grid(4, dtype=torch.complex64).requires_grad_()
+y2 = a1 * a1
+a3 = torch.nn.Parameter(torch.from_numpy(a1.detach().numpy()))
+o4 = torch.optim.ASGD([a3])
+a3.grad = torch.ones_like(a3)
+o4.step()
+y2.abs().sum().backward()
+""",
     "one_element_with_a_stride": """
 n1 = bytearray(48)
 a2 = torch.frombuffer(n1, dtype=torch.float32).requires_grad_()
