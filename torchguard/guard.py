@@ -183,8 +183,8 @@ class Guard(_Block):
             )
         self._thread = threading.get_ident()
         _intercept.install()
-        self.tally.begin()
         try:
+            self.tally.begin()
             _policy.enter(self, everywhere)
             if everywhere:
                 self.cover_this_thread()
