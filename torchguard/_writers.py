@@ -112,7 +112,10 @@ class Writer:
         """
         if not target.requires_grad or self.collective:
             return False
-        return self.calls_back or (target.is_leaf and torch.is_grad_enabled())
+        try:
+            return self.calls_back or (torch.is_grad_enabled() and target.is_leaf)
+        except RuntimeError:  # a view of which PyTorch cannot tell any more where it comes from
+            return True
 
     @property
     def title(self) -> str:
