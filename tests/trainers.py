@@ -11,7 +11,7 @@ import torch
 from outside import ROOT
 from torch import nn
 
-from torchguard import _intercept, _policy
+from torchguard import _intercept, _policy, _watch
 
 
 class Meddler(nn.Module):
@@ -51,7 +51,8 @@ class Meddler(nn.Module):
 
 def is_guarded() -> bool:
     """Whether this thread is under a guard, patches and all."""
-    return _intercept._installed > 0 and _policy.innermost() is not None
+    patched = _intercept._installed > 0 or bool(_watch.watching)
+    return patched and _policy.innermost() is not None
 
 
 def weights(module: Any) -> dict[str, torch.Tensor]:
