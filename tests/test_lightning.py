@@ -83,8 +83,9 @@ def interrupts() -> Iterator[None]:
 # ---- the same weights ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"every_call": True}])
-@pytest.mark.parametrize("mode", _config.MODES)
+@pytest.mark.parametrize(
+    ("mode", "options"), [*((mode, {}) for mode in _config.MODES), ("strict", {"every_call": True})], ids=str
+)
 def test_guarded_and_unguarded_training_end_with_the_same_weights(mode: str, options: dict[str, Any]) -> None:
     meddler = Meddler()
     callback = TorchguardCallback(mode, **options)

@@ -73,8 +73,9 @@ def train(folder: Path, *callbacks: Any, **options: Any) -> dict[str, torch.Tens
 # ---- the same weights ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"every_call": True}])
-@pytest.mark.parametrize("mode", _config.MODES)
+@pytest.mark.parametrize(
+    ("mode", "options"), [*((mode, {}) for mode in _config.MODES), ("strict", {"every_call": True})], ids=str
+)
 def test_guarded_and_unguarded_training_end_with_the_same_weights(
     mode: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
