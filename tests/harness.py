@@ -71,6 +71,7 @@ class Program:
         allowed: the write stands in an ``allow`` block; the guard must keep silent, and keep the reason.
         hooks: whether it can run under save hooks. Where it cannot, its truth is the run without the write alone, and
             whether a live save's bytes changed cannot be seen: "unread" is then what it says it is.
+        read_in_vain: for an unread program: backward reads the save all the same, and nothing comes of it.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Program:
     enters_guard: bool = False
     allowed: bool = False
     hooks: bool = True
+    read_in_vain: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.name}"
@@ -107,6 +109,7 @@ def add(
     enters_guard: bool = False,
     allowed: bool = False,
     hooks: bool = True,
+    read_in_vain: bool = False,
 ) -> Program:
     """Put a program into the catalogue."""
     twins = (twin_of,) if isinstance(twin_of, str) else tuple(twin_of)
@@ -123,6 +126,7 @@ def add(
         enters_guard,
         allowed,
         hooks,
+        read_in_vain,
     )
     PROGRAMS.append(found)
     return found
@@ -471,17 +475,20 @@ class Mode:
     name: str
     make: MakeGuard
     raises: bool
-    every_call: bool
+    every_call: bool = False
+    at_read: bool = False
 
     def __str__(self) -> str:
         return self.name
 
 
 MODES = (
-    Mode("strict", lambda: torchguard.strict(), True, False),
-    Mode("warn", lambda: torchguard.warn(), False, False),
-    Mode("strict_every_call", lambda: torchguard.strict(every_call=True), True, True),
-    Mode("warn_every_call", lambda: torchguard.warn(every_call=True), False, True),
+    Mode("strict", lambda: torchguard.strict(), True),
+    Mode("warn", lambda: torchguard.warn(), False),
+    Mode("strict_every_call", lambda: torchguard.strict(every_call=True), True, every_call=True),
+    Mode("warn_every_call", lambda: torchguard.warn(every_call=True), False, every_call=True),
+    Mode("strict_at_read", lambda: torchguard.strict(at="read"), True, at_read=True),
+    Mode("warn_at_read", lambda: torchguard.warn(at="read"), False, at_read=True),
 )
 
 
@@ -537,7 +544,7 @@ def check_guarded(case: Program, mode: Mode) -> None:
     told = _Told(case, mode, plain, outcome, guards[0], spoken, watch)
     if case.kind == "refused":
         told.check_refused()
-    elif case.kind == "innocent" or case.allowed:
+    elif case.kind == "innocent" or case.allowed or (mode.at_read and case.kind == "unread" and not case.read_in_vain):
         told.check_silent()
         told.check_same_results()
         assert all(violation.allowed for violation in guards[0].allowed)
@@ -572,6 +579,10 @@ class _Told:
 
     @property
     def moment(self) -> Moment:
+        if self.mode.at_read:
+            return "read"
+        if self.case.kind == "unread":
+            return "write"
         return self.case.every_call if self.mode.every_call else self.case.caught
 
     def check_refused(self) -> None:
@@ -610,7 +621,7 @@ class _Told:
         self.check_violation(violation)
         for place in (violation.saved, violation.written):
             assert place is None or f"{os.path.basename(place.file)}:{place.line}" in text, f"{place}\n{text}"
-        if self.moment == "write" or not must:
+        if self.moment == "write":
             assert self.watch.raised_by is not None, f"{self.case}: raised, but not at the write:\n{text}"
             assert not self.watch.changed, f"{self.case}: memory had changed when the error came"
         else:
@@ -630,13 +641,11 @@ class _Told:
         assert _same_file(self.spoken[0].filename, place.file)
         if not must:
             for violation in self.guard.violations:
-                assert violation.caught == "write", f"{self.case}: a save nobody misreads, at the read:\n{violation}"
+                assert violation.caught == self.moment, f"{self.case}: a save nobody misreads:\n{violation}"
 
     def check_violation(self, violation: torchguard.Violation) -> None:
         must = self.case.kind == "corrupting"
-        assert violation.caught == (self.moment if must else "write"), (
-            f"{self.case}: caught at the {violation.caught}:\n{violation}"
-        )
+        assert violation.caught == self.moment, f"{self.case}: caught at the {violation.caught}:\n{violation}"
         saved = violation.saved
         assert saved is not None, f"{self.case}: no place that saved"
         if must:
@@ -646,7 +655,12 @@ class _Told:
         if violation.kind == "recompute" and violation.operation:
             assert written is not None
             assert any(_lies_in(written, writer) for writer in self.outcome.writers), f"{self.case}: {written}"
-        if violation.caught != "write":
+        left_to_the_read = self.mode.at_read and self.case.caught == "write"
+        if left_to_the_read and violation.kind in ("write", "uncounted"):
+            difference = violation.largest_difference
+            assert difference is not None, f"{self.case}: by how much?\n{violation}"
+            assert f", by up to {difference:.3g}" in str(violation)
+        if violation.caught != "write" and not left_to_the_read:
             return
         assert written is not None, f"{self.case}: no place that wrote"
         assert any(_lies_in(written, writer) for writer in self.outcome.writers), (

@@ -50,17 +50,17 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown moment": (
         lambda: Guard(at="dawn"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: at is one of 'write', not 'dawn'",
+        "torchguard: at is one of 'write', 'read', not 'dawn'",
     ),
     "unknown moment of strict": (
         lambda: strict(at="dawn"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: at is one of 'write', not 'dawn'",
+        "torchguard: at is one of 'write', 'read', not 'dawn'",
     ),
     "unknown moment of warn": (
         lambda: warn(at="dawn"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: at is one of 'write', not 'dawn'",
+        "torchguard: at is one of 'write', 'read', not 'dawn'",
     ),
     "unknown depth": (
         lambda: Guard(depth="abyss"),  # type: ignore[arg-type]

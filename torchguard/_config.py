@@ -22,7 +22,7 @@ MODES: dict[str, dict[str, Any]] = {
     "warn": {"action": "warn"},
 }
 #: When a guard can judge.
-MOMENTS: tuple[str, ...] = ("write",)
+MOMENTS: tuple[str, ...] = ("write", "read")
 
 _ON = ("1", "on", "true", "yes")
 _OFF = ("0", "off", "false", "no")

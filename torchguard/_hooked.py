@@ -111,7 +111,9 @@ class HookedSave(Save):
         if not self.tracked and (self.remarks is None or self.remarks.suspect is None):
             super().keep_proof(at_most)
 
-    def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
+    def let_bytes_decide(
+        self, kind: Kind, operation: str, here: _places.Instruction, aliased: _places.Instruction = None
+    ) -> None:
         """A write is coming: keep proof, and compare when backward reads."""
         remarks = self.remark()
         if not (remarks.compare or self.tracked or remarks.suspect is not None):
@@ -120,7 +122,7 @@ class HookedSave(Save):
         reasons = _policy.state.reasons
         if not remarks.compare or self.reason is not None:
             self.reason = reasons[-1] if reasons else None
-        super().let_bytes_decide(kind, operation, here)
+        super().let_bytes_decide(kind, operation, here, aliased)
 
     def expect_version(self) -> None:
         """The version has moved by a write that was seen."""
@@ -401,7 +403,7 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> Hooked
     if storage in ALIASES.young or storage in ALIASES.by_storage:
         ALIASES.sync(storage)
         if ALIASES.arm(storage, tensor):
-            save.keep_proof(PROOF_BYTES_AT_SAVE)
+            save.keep_small_proof(PROOF_BYTES_AT_SAVE)
     if form[0] and judged.numel() * judged.element_size() <= PROOF_BYTES_AT_SAVE:
         remarks = save.remark()  # for a tracked write that nobody sees coming
         if remarks.proof is None:
@@ -493,7 +495,7 @@ def _report(save: HookedSave) -> None:
             save,
             kind,
             operation,
-            aliased=None if suspect is None else suspect.instruction,
+            aliased=remarks.alias if suspect is None else suspect.instruction,
             written=written,
             read=read,
             elements=save.changed_elements,

@@ -143,6 +143,11 @@ def _stretch(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((_extent(tensor),), (1,))
 
 
+def contents_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What the elements hold, in row-major order, as uint8; what is conjugated or negated lazily is so by then."""
+    return as_bytes(tensor.resolve_conj().resolve_neg().contiguous())
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's memory as uint8."""
     return tensor.detach().reshape(-1).view(torch.uint8)
@@ -262,12 +267,12 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
         a, b = _torch.behind(a), _torch.behind(b)
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return False
-        return bool(torch.equal(as_bytes(a.contiguous()), as_bytes(b.contiguous())))
+        return bool(torch.equal(contents_of(a), contents_of(b)))
 
 
 def differing_elements(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Which elements of two tensors of one dtype and shape differ in a bit, as a mask in row-major order."""
-    a, b = as_bytes(tensor.contiguous()), as_bytes(other.contiguous())
+    a, b = contents_of(tensor), contents_of(other)
     return (a != b).view(tensor.numel(), -1).any(-1) if tensor.numel() else torch.zeros(0, dtype=torch.bool)
 
 
@@ -301,6 +306,26 @@ def changed_elements(tensor: torch.Tensor, proof: torch.Tensor | None) -> int:
         return tensor.numel()
     with _torch.hidden():
         return int(differing_elements(tensor, proof).sum())
+
+
+def largest_difference(tensor: torch.Tensor, proof: torch.Tensor) -> float | None:
+    """By how much the elements differ at most from those of the proof (for complex ones: the distance).
+
+    NaN where one of a pair of differing elements is; None where the two cannot be compared.
+    """
+    tensor = _torch.behind(tensor)
+    if proof.shape != tensor.shape or proof.dtype != tensor.dtype or not readable(tensor):
+        return None
+    try:
+        with _torch.hidden():
+            differs = differing_elements(tensor, proof)
+            now, before = tensor.reshape(-1)[differs], proof.reshape(-1)[differs]
+            wide = torch.complex128 if tensor.is_complex() else torch.float64
+            difference = now.to(wide) - before.to(wide)
+            difference[now == before] = 0  # infinities, and signs of zero
+            return float(difference.abs().max()) if difference.numel() else 0.0
+    except NO_MEMORY:  # an element type that knows no arithmetic
+        return None
 
 
 def describe(tensor: torch.Tensor) -> dict[str, Any]:

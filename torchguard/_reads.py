@@ -111,7 +111,7 @@ def _examine(save: Save) -> None:
     seen = rebound or remarks.compare or remarks.suspect is not None
     if not seen and (not remarks.exports or remarks.proof is None):
         return
-    if save.is_back or save.is_proven:
+    if save.is_intact:
         remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
         return
     if _unused(save):
@@ -143,15 +143,17 @@ def _report(save: Save, kind: Kind) -> None:
     alias: AliasRecord | Export | None = _export_behind(save) if kind == "exported" else remarks.suspect
     read = _places.user_instruction(sys._getframe(1))
     operation, written = "x.data = y" if kind == "rebind" else "", read
+    aliased = None if alias is None else alias.instruction
     if remarks.writer is not None and kind == "unseen":
         kind, operation, written = remarks.writer
+        aliased = aliased or remarks.alias
     if remarks.stashed:
         kind = "stashed"
     _verdict.pronounce(
         save,
         kind,
         operation,
-        aliased=None if alias is None else alias.instruction,
+        aliased=aliased,
         written=written,
         read=read,
         elements=save.changed_elements,
@@ -172,6 +174,12 @@ def _export_behind(save: Save) -> Export:
                 if export.span is not None and _memory.any_within(save.tensor, differs, export.span):
                     return export
     return exports[0]
+
+
+def examine(save: Save) -> None:
+    """Have a save judged as if backward read it now."""
+    with _torch.no_torch_function():
+        _examine(save)
 
 
 def examine_stashed(save: Save) -> None:
@@ -227,6 +235,6 @@ def leave_to(guard: _policy.Respondent) -> None:
         elif (
             remarks is not None
             and (remarks.suspect is not None or remarks.compare or (remarks.exports and remarks.proof is not None))
-            and not (save.is_back or save.is_proven)
+            and not save.is_intact
         ):
             remarks.guard = guard

@@ -22,7 +22,7 @@ from weakref import ref
 import torch
 
 from torchguard import _fingerprint, _memory, _places, _policy, _torch
-from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
+from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._exports import EXPORTS, FRESH, OWN_NODES, Export
 from torchguard._ledger import Extent, Ledger
 from torchguard._violation import Kind
@@ -49,6 +49,7 @@ class Remarks:
     """What is known of the few saves about which there is something to say."""
 
     __slots__ = (
+        "alias",
         "awaits",
         "compare",
         "exports",
@@ -59,6 +60,7 @@ class Remarks:
         "spoilt",
         "stashed",
         "suspect",
+        "taken_by",
         "view",
         "writer",
     )
@@ -76,8 +78,12 @@ class Remarks:
         self.fingerprint: torch.Tensor | None = None
         #: Waits for a write that has begun in the background; to be called before the bytes are compared.
         self.awaits: Callable[[], None] | None = None
-        #: What the last such writer was, and where, if the guard saw it.
+        #: The first such writer since the bytes were last those that were saved, and where, if the guard saw it.
         self.writer: tuple[Kind, str, _places.Instruction] | None = None
+        #: Where the alias was taken that it wrote through, if the guard saw that.
+        self.alias: _places.Instruction = None
+        #: The guard that saw the write and left it to the bytes: it answers, wherever backward reads.
+        self.taken_by: _policy.Respondent | None = None
         #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.
         self.guard: _policy.Respondent | None = None
         #: By what code outside torch could write to it: the bytes decide at the read.
@@ -155,12 +161,36 @@ class Save:
             if remarks.proof is None and _memory.span_of(tensor) is not None and _memory.readable(tensor):
                 remarks.proof = tensor.detach().clone()
 
-    def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
-        """A write is coming that nobody can judge now: keep proof, and compare when backward reads."""
-        self.keep_proof()
+    def keep_small_proof(self, at_most: int) -> None:
+        """The same for a write that nobody will see coming.
+
+        A guard that lets the bytes decide has something to decide by for larger saves, too: no copy, which would double
+        their memory, but 64 bits.
+        """
+        if _policy.judge_at_read() is None:
+            self.keep_proof(at_most)
+            return
+        self.keep_proof(max(at_most, PROOF_BYTES_AT_ALIAS))
         remarks = self.remark()
+        if self.checked and remarks.proof is None and remarks.fingerprint is None:
+            remarks.fingerprint = _fingerprint.of(_torch.behind(self.tensor))
+
+    def let_bytes_decide(
+        self, kind: Kind, operation: str, here: _places.Instruction, aliased: _places.Instruction = None
+    ) -> None:
+        """A write is coming that nobody can judge now: keep proof, and compare when backward reads."""
+        remarks = self.remark()
+        writer = (kind, operation, here)
+        written = remarks.suspect is not None or (remarks.compare and remarks.writer not in (None, writer))
+        if written and not self.is_intact:
+            remarks.compare = True  # somebody else has written to it already
+            return
+        self.keep_proof()
+        remarks.suspect = None
         remarks.compare = True
-        remarks.writer = (kind, operation, here)
+        remarks.writer = writer
+        remarks.alias = aliased
+        remarks.taken_by = _policy.judge_at_read()
 
     def shares_counter(self, target: torch.Tensor) -> bool:
         """Whether a counted write to ``target`` moves the version of what was saved."""
@@ -168,6 +198,16 @@ class Save:
 
     def expect_version(self) -> None:
         """The version of a save that is not checked has moved by a write that was seen."""
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a guard has seen a write to it and left it to the bytes."""
+        return self.remarks is not None and self.remarks.taken_by is not None
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the bytes are known to be those that were saved."""
+        return self.is_back or self.is_proven
 
     @property
     def is_proven(self) -> bool:
@@ -215,7 +255,7 @@ class Save:
         self.follow()
         remarks = self.remarks
         if remarks is not None:
-            remarks.suspect = remarks.guard = remarks.writer = None
+            remarks.suspect = remarks.guard = remarks.writer = remarks.alias = remarks.taken_by = None
             if remarks.fingerprint is not None:
                 remarks.fingerprint = _fingerprint.of(self.tensor)
                 remarks.compare = remarks.fingerprint is not None
@@ -376,7 +416,7 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
         if storage in young or storage in aliases:
             ALIASES.sync(storage)
             if ALIASES.arm(storage, tensor):
-                save.keep_proof(PROOF_BYTES_AT_SAVE)
+                save.keep_small_proof(PROOF_BYTES_AT_SAVE)
         known = exports.get(storage)
         if known is not None:
             if known.exports:

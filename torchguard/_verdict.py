@@ -24,7 +24,11 @@ def pronounce(
 ) -> None:
     """Have a violation answered by the guard in charge; raises under ``strict()``."""
 
+    remarks = save.remarks
+
     def describe(reason: str | None) -> Violation:
+        proof = None if remarks is None or caught == "write" else remarks.proof
+        difference = None if proof is None else _memory.largest_difference(save.tensor, proof)
         return Violation(
             kind=kind,
             operation=operation,
@@ -34,6 +38,7 @@ def pronounce(
             read=_places.place_of(read),
             saved_by=save.operation,
             elements=elements,
+            largest_difference=difference,
             of=_torch.behind(save.tensor).numel(),
             caught=caught,
             allowed=reason,
@@ -41,4 +46,5 @@ def pronounce(
             **_memory.describe(save.tensor),
         )
 
-    _policy.answer(describe, None if save.remarks is None else save.remarks.guard)
+    left, taken_by = (None, None) if remarks is None else (remarks.guard, remarks.taken_by)
+    _policy.answer(describe, left, taken_by if caught == "read" else None)

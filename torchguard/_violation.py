@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ _CANNOT_SEE = """\
 autograd cannot see this write: it does not move the version counter of the saved tensor.
 If backward reads the saved tensor, the gradient is wrong. Without torchguard, backward() would
 finish with wrong gradients and no error."""
+_IF_READ = re.compile("If backward reads (the saved tensor|it), the gradient is wrong")
 _ON_A_COPY = (
     "do it after backward(), or on {name}.data.clone(); to have autograd check it, use {name}.detach() under "
     "torch.no_grad()"
@@ -147,6 +149,8 @@ class Violation:
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
         written: where the write is; for an unseen write, where backward read the save.
         read: where backward read the save, if the violation was found then.
+        largest_difference: by how much the elements differ at most from what was saved (for complex ones the distance;
+            NaN where one of two differing elements is), if both were compared; else None.
         saved_by: the operation that saved the tensor, ``"sigmoid"`` say; ``""`` where it cannot be known.
         dtype: element type of the save, ``"float32"`` say.
         shape: shape of the save.
@@ -175,6 +179,7 @@ class Violation:
     thread: str = "MainThread"
     times: int = 1
     read: Place | None = None
+    largest_difference: float | None = None
 
     @property
     def site(self) -> tuple[Any, ...]:
@@ -207,7 +212,9 @@ class Violation:
     def _headline(self) -> str:
         wording = _WORDINGS[self.kind]
         what = wording.headline.format(write=self.operation or "a write", alias=self._alias())
-        corrupts = "would corrupt" if self.caught == "write" else "may have corrupted"
+        corrupts = "has corrupted" if self.largest_difference is not None else "may have corrupted"
+        if self.caught == "write":
+            corrupts = "would corrupt"
         return f"{what} {wording.verb or corrupts + ' a tensor saved for backward'}"
 
     def _alias(self) -> str:
@@ -221,12 +228,15 @@ class Violation:
         shape = ", ".join(map(str, self.shape))
         saved = f"{self.dtype}[{shape}] on {self.device}" + (f", by {self.saved_by}" if self.saved_by else "")
         changed = f"{self.elements} of {self.of} elements"
+        if self.largest_difference is not None:
+            changed += f", by up to {self.largest_difference:.3g}"
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
         if _WORDINGS[self.kind].by_alias:
             places.append(("aliased", self.aliased, ""))
         if self._writer_unknown:
             places.append(("written", None, ""))
-            bound = "up to " if self.kind in ("unseen", "recompute") else ""  # the whole save, for all the guard knows
+            # Not compared, it is the whole save for all the guard knows.
+            bound = "up to " if self.kind in ("unseen", "recompute") and self.largest_difference is None else ""
             places.append(("read", self.written, bound + changed))
         else:
             places.append(("written", self.written, changed))
@@ -246,7 +256,10 @@ class Violation:
         return "(no user code on the stack)"
 
     def _explanation(self) -> list[str]:
-        return _WORDINGS[self.kind].explanation.splitlines()
+        text = _WORDINGS[self.kind].explanation
+        if self.caught == "read":
+            text = _IF_READ.sub(r"Backward is about to read \1", text)
+        return text.splitlines()
 
     def _ways_out(self, paint: Any) -> list[str]:
         fix = _WORDINGS[self.kind].fix.format(name=self._aliased_name())

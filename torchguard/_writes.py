@@ -274,6 +274,12 @@ def _answer(
         hits.clear()
         return
     here = _places.user_instruction(frame)
+    if _policy.judge_at_read() is not None:
+        leave_to_the_read(writer, hits, here)
+        return
+    hits[:] = [hit for hit in hits if not hit.save.is_taken or hit.save.is_intact]
+    if not hits:
+        return
     rehearsal: Rehearsal | None = None
     if not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
@@ -294,6 +300,19 @@ def _answer(
         for hit in hits:
             hit.save.accept()
         raise _Done(rehearsal)
+
+
+def leave_to_the_read(writer: Writer, hits: list[Hit], here: _places.Instruction) -> None:
+    """Have the bytes decide about all hits when backward reads."""
+    for hit in hits:
+        kind: Kind = "write"
+        if hit.save.stashed:
+            kind = "stashed"
+        elif not hit.counted and (writer.on_storage or hit.save.shares_counter(hit.target)):
+            kind = "uncounted"
+        alias = ALIASES.taken_at(hit.target, _memory.storage_of(hit.target))
+        hit.save.let_bytes_decide(kind, writer.title, here, alias)
+    hits.clear()
 
 
 def pronounce(writer: Writer, rehearsal: Rehearsal, hits: list[Hit], here: _places.Instruction) -> None:
@@ -411,8 +430,10 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     undecided: list[Save] = []
     rereads = rereads_of(tensor)
     frame = sys._getframe(1)
+    same = False
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
-        error = None if _same(tensor, value) else _judge_rebinding(saves, undecided)
+        same = _same(tensor, value)
+        error = None if same else _judge_rebinding(saves, undecided)
         if error is not None:
             try:
                 raise error
@@ -422,7 +443,10 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     note_write(rereads, _REBINDING)
     setter(tensor, value)
     for save in saves:  # what backward will read lies elsewhere now
-        save.accept()
+        if same and save.is_taken:
+            save.follow()
+        else:
+            save.accept()
     for save in undecided:
         save.follow()
     saves.clear()
@@ -452,10 +476,13 @@ def _judge_rebinding(saves: list[Save], undecided: list[Save]) -> Exception | No
     if is_refill(frame):
         return None
     here = _places.user_instruction(frame)
-    trusted = _places.called_from(frame, _TRUSTED_FILES)
+    at_read = _policy.judge_at_read() is not None
+    trusted = at_read or _places.called_from(frame, _TRUSTED_FILES)
     try:
         for save in saves:
-            if trusted or save.stashed:
+            if save.is_taken and not at_read and not save.is_intact:
+                undecided.append(save)  # who wrote to it first answers for it
+            elif save.stashed or (trusted and not (at_read and save.moved)):
                 save.let_bytes_decide("rebind", _REBINDING, here)
                 undecided.append(save)
             elif not save.moved:
@@ -509,7 +536,7 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0
     if saves:
         record.arm(alias)
         for save in saves:
-            save.keep_proof(PROOF_BYTES_AT_ALIAS)
+            save.keep_small_proof(PROOF_BYTES_AT_ALIAS)
 
 
 def detached_in_place(tensor: torch.Tensor) -> list[Save]:

@@ -19,6 +19,7 @@ from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorrupt
 F = TypeVar("F", bound=Callable[..., Any])
 
 Action = Literal["raise", "warn", "record"]
+Moment = Literal["write", "read"]
 
 _ACTIONS = ("raise", "warn", "record")
 
@@ -101,7 +102,9 @@ class Guard(_Block):
         action: what happens at a violation: ``"raise"`` a :class:`SavedTensorCorruptionError`, ``"warn"`` a
             :class:`SavedTensorCorruptionWarning` once a site, or just ``"record"`` it.
         at: ``"write"``: judged when the write is about to happen, before memory changes. (What only the
-            alias's version counter gives away is judged when backward reads the save.)
+            alias's version counter gives away is judged when backward reads the save.) ``"read"``: the bytes decide,
+            when backward reads the save. A write that is undone, or whose save nobody reads, is none. Costs a copy of
+            each save that is written to, made before the first write.
         depth: ``"saves"``: every tensor that autograd saves is known.
         every_call: also see calls that no patch sees (``out=``, ``torch.ops``, functions bound before the
             guard), at the cost of about a microsecond for every torch call.
@@ -114,7 +117,7 @@ class Guard(_Block):
     def __init__(
         self,
         action: Action = "raise",
-        at: Literal["write"] = "write",
+        at: Moment = "write",
         depth: Literal["saves"] = "saves",
         every_call: bool = False,
         suppressions: Suppressions = None,
@@ -232,6 +235,11 @@ class Guard(_Block):
 
     # ---- what the policy calls
 
+    @property
+    def judges_at_read(self) -> bool:
+        """Whether the bytes decide when backward reads. (Asked by torchguard.)"""
+        return self.at == "read"
+
     def respond(self, violation: Violation) -> None:
         """Raise, warn or record. (Called by torchguard.)"""
         reason = self.suppressions.reason_for(violation)
@@ -270,7 +278,7 @@ def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"torchguard: {name} is one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
-def strict(*, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+def strict(*, at: Moment = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Raise :class:`SavedTensorCorruptionError` at the line that corrupts, before any memory changes.
 
     Args:
@@ -281,7 +289,7 @@ def strict(*, at: Literal["write"] = "write", every_call: bool = False, suppress
     return Guard("raise", at, every_call=every_call, suppressions=suppressions)
 
 
-def warn(*, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+def warn(*, at: Moment = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Warn with :class:`SavedTensorCorruptionWarning`, once a site; results are those of the unguarded
     program.
 
