@@ -71,6 +71,8 @@ class Program:
         allowed: the write stands in an ``allow`` block; the guard must keep silent, and keep the reason.
         hooks: whether it can run under save hooks. Where it cannot, its truth is the run without the write alone, and
             whether a live save's bytes changed cannot be seen: "unread" is then what it says it is.
+        repairable: whether repair() can hand backward what was saved; where it cannot, it must raise or let PyTorch refuse.
+            None as the route has it.
         read_in_vain: for an unread program: backward reads the save all the same, and nothing comes of it.
     """
 
@@ -87,6 +89,12 @@ class Program:
     allowed: bool = False
     hooks: bool = True
     read_in_vain: bool = False
+    repairable: bool | None = None
+
+    @property
+    def can_be_repaired(self) -> bool:
+        """Whether repair() can hand backward what was saved: not what a checkpoint computes anew, unless told otherwise."""
+        return self.route != "checkpoint" if self.repairable is None else self.repairable
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.name}"
@@ -110,6 +118,7 @@ def add(
     allowed: bool = False,
     hooks: bool = True,
     read_in_vain: bool = False,
+    repairable: bool | None = None,
 ) -> Program:
     """Put a program into the catalogue."""
     twins = (twin_of,) if isinstance(twin_of, str) else tuple(twin_of)
@@ -127,6 +136,7 @@ def add(
         allowed,
         hooks,
         read_in_vain,
+        repairable,
     )
     PROGRAMS.append(found)
     return found
@@ -411,6 +421,7 @@ def _under_the_programs_hooks(make: Callable[[Hooks | None], Hooks]) -> Iterator
 
 
 _plain_runs: dict[Program, Outcome] = {}
+_cloned_runs: dict[Program, Outcome] = {}
 _records: dict[Program, Recorder] = {}
 
 
@@ -420,6 +431,17 @@ def plain_run(case: Program) -> Outcome:
         with _quiet():
             _plain_runs[case] = outcome_of(case, Run(), nullcontext)
     return _plain_runs[case]
+
+
+def run_with_cloned_saves(case: Program) -> Outcome:
+    """The program with its write where backward reads what was saved, whatever happened since."""
+    if case not in _cloned_runs:
+        with _quiet():
+            if case.hooks:
+                _cloned_runs[case] = outcome_of(case, Run(threads=False, checkpoints=False), _cloning)
+            else:
+                _cloned_runs[case] = outcome_of(case, Run(writes=False), nullcontext)
+    return _cloned_runs[case]
 
 
 def recorded(case: Program) -> Recorder:
@@ -440,7 +462,7 @@ def computed_kind(case: Program) -> Kind:
         return "refused"
     with _quiet():
         without = outcome_of(case, Run(writes=False), nullcontext)
-        cloned = outcome_of(case, Run(threads=False, checkpoints=False), _cloning) if case.hooks else without
+    cloned = run_with_cloned_saves(case)
     if cloned.error is not None:
         raise AssertionError(f"{case}: fails when saves are cloned") from cloned.error
     truth = cloned if case.truth == "cloned saves" else without
@@ -477,6 +499,7 @@ class Mode:
     raises: bool
     every_call: bool = False
     at_read: bool = False
+    repairs: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -489,7 +512,12 @@ MODES = (
     Mode("warn_every_call", lambda: torchguard.warn(every_call=True), False, every_call=True),
     Mode("strict_at_read", lambda: torchguard.strict(at="read"), True, at_read=True),
     Mode("warn_at_read", lambda: torchguard.warn(at="read"), False, at_read=True),
+    Mode("repair", lambda: torchguard.repair(), False, every_call=True, at_read=True, repairs=True),
 )
+
+
+#: What PyTorch says of a save whose version moved.
+MOVED = "modified by an inplace operation"
 
 
 class _Guarded:
@@ -523,6 +551,8 @@ def check_guarded(case: Program, mode: Mode) -> None:
     """The guard does with the program what it must, and leaves nothing behind."""
     plain = plain_run(case)
     recorded(case)  # before a guard is on
+    if mode.repairs:
+        run_with_cloned_saves(case)
     watch = _Guarded(case)
     guards: list[torchguard.Guard] = []
 
@@ -542,7 +572,9 @@ def check_guarded(case: Program, mode: Mode) -> None:
     assert len(guards) == 1, f"{case} enters {len(guards)} guards"
     spoken = [note for note in caught if issubclass(note.category, torchguard.SavedTensorCorruptionWarning)]
     told = _Told(case, mode, plain, outcome, guards[0], spoken, watch)
-    if case.kind == "refused":
+    if mode.repairs and case.kind in ("refused", "corrupting") and not case.allowed:
+        told.check_repaired()
+    elif case.kind == "refused":
         told.check_refused()
     elif case.kind == "innocent" or case.allowed or (mode.at_read and case.kind == "unread" and not case.read_in_vain):
         told.check_silent()
@@ -591,6 +623,30 @@ class _Told:
         assert type(error) is type(expected), f"{self.case}: {error!r} instead of {expected!r}"
         assert str(error) == str(expected), f"{self.case}: not PyTorch's words:\n{error}\n{expected}"
         self.check_silent_but_for_the_error()
+
+    def check_repaired(self) -> None:
+        """Backward read what was saved, and the guard said so; or it raised where that is not to be had."""
+        truth, error = run_with_cloned_saves(self.case), self.outcome.error
+        if truth.error is not None or (self.plain.error is not None and MOVED not in str(self.plain.error)):
+            self.check_refused()  # for another reason than what became of a save
+            return
+        if not self.case.can_be_repaired:
+            assert error is not None, f"{self.case}: repaired, although it is said that it cannot be"
+            if isinstance(error, torchguard.SavedTensorCorruptionError):
+                assert not error.violation.repaired
+            else:
+                self.check_refused()
+            return
+        if error is not None:
+            raise AssertionError(f"{self.case}: not repaired:\n{error}") from error
+        assert same_values(self.outcome.results, truth.results), (
+            f"{self.case}: repaired, and wrong: {self.outcome.results} is not {truth.results}"
+        )
+        assert self.spoken, f"{self.case}: repaired, and nothing was said"
+        assert self.guard.violations, f"{self.case}: warned, and guard.violations is empty"
+        assert all(violation.repaired for violation in self.guard.violations)
+        if self.case.kind == "corrupting":
+            self.check_violation(self.guard.violations[0])
 
     def check_silent(self) -> None:
         if self.outcome.error is not None:

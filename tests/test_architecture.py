@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_aliases", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch", "_verdict",
         "_violation",
     },
-    "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
+    "_hooks": {"_functorch", "_hooked", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
         "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory",
         "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads", "_saves",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         UnwatchedWarning,
         Violation,
     )
-    from torchguard.guard import Guard, allow, strict, warn
+    from torchguard.guard import Guard, allow, repair, strict, warn
 
 __all__ = [
     "Guard",
@@ -25,6 +25,7 @@ __all__ = [
     "allow",
     "disable",
     "enable",
+    "repair",
     "strict",
     "warn",
 ]
@@ -40,6 +41,7 @@ _HOMES = {
     "allow": "guard",
     "disable": "_switch",
     "enable": "_switch",
+    "repair": "guard",
     "strict": "guard",
     "warn": "guard",
 }

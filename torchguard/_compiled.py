@@ -50,8 +50,9 @@ class StashAttribute:
             stash = vars(ctx)[STASH]
         except KeyError:
             raise AttributeError(STASH) from None
-        for save in getattr(stash, "saves", ()):
-            examine_stashed(save)
+        healed = [examine_stashed(save) for save in getattr(stash, "saves", ())]
+        if any(tensor is not None for tensor in healed):
+            return [new if new is not None else old for new, old in zip(healed, stash, strict=True)]
         return stash
 
     def __set__(self, ctx: Any, tensors: Any) -> None:
@@ -152,6 +153,7 @@ class _Collector:
     """
 
     judges_at_read = True
+    repairs = False
 
     def __init__(self, guard: _policy.Respondent) -> None:
         self._guard = guard
@@ -160,6 +162,10 @@ class _Collector:
     def respond(self, violation: Violation) -> None:
         """Keep it."""
         self.found.append(violation)
+
+    def heal(self, violation: Violation) -> bool:
+        """The rehearsal's saves are not the ones that backward reads."""
+        return False
 
     def record_allowed(self, violation: Violation) -> None:
         """Nothing is allowed where the guard judges at the read."""

@@ -316,9 +316,10 @@ def compose(program: Hooks) -> Hooks:
 
     def unpack(save: HookedSave) -> torch.Tensor:
         suspicious = save.counter is not None and _suspicious(save)
-        certain = suspicious and save.certain
-        error = _verdict_on(save, save.tensor, False) if certain else None
-        if error is None:
+        # What can be repaired is judged by what unpack makes of it: that is what has to be replaced.
+        certain = suspicious and save.certain and not (_verdict.can_be_repaired(save) and not recomputes)
+        found = _verdict_on(save, save.tensor, False) if certain else None
+        if found is None:
             outer = collector.saves
             collector.saves = None  # what it reads itself is not what is asked for
             try:
@@ -326,13 +327,15 @@ def compose(program: Hooks) -> Hooks:
             finally:
                 collector.saves = outer
             if suspicious and not certain:
-                error = _verdict_on(save, tensor, recomputes)
-        if error is not None:
+                found = _verdict_on(save, tensor, recomputes)
+        if isinstance(found, torch.Tensor):
+            return found
+        if found is not None:
             del save
             try:
-                raise error
+                raise found
             finally:
-                del error  # it refers to this frame
+                del found  # it refers to this frame
         return tensor
 
     pack.program = program  # type: ignore[attr-defined]
@@ -443,16 +446,16 @@ def _is_rebound(save: HookedSave) -> bool:
     return tensor is not None and _memory.storage_of(tensor) != save.storage
 
 
-def _verdict_on(save: HookedSave, read: Any, recomputed: bool) -> Exception | None:
+def _verdict_on(save: HookedSave, read: Any, recomputed: bool) -> Exception | torch.Tensor | None:
     """What the guard answers, now that backward reads ``read``; returned, so that it is raised without frames that hold
-    user tensors.
+    user tensors. A tensor is what backward is to read instead.
     """
     try:
         with _torch.no_torch_function():
             # What a checkpoint's function read from outside is judged when it has run again (see ``_recompute``).
             reread = recomputed and any(isinstance(entry, Reread) for entry in LEDGER.in_storage(save.storage))
             if not reread and isinstance(read, torch.Tensor) and _is_changed(save, read, recomputed):
-                _report(save)
+                return _report(save, None if recomputed else read)
     except Exception as error:
         return error.with_traceback(None)
     return None
@@ -476,18 +479,27 @@ def _is_changed(save: HookedSave, read: torch.Tensor, recomputed: bool) -> bool:
     return not _memory.same_bytes(read, proof) and (recomputed or _memory.same_bytes(read, saved))
 
 
-def _report(save: HookedSave) -> None:
+def _report(save: HookedSave, read_as: torch.Tensor | None) -> torch.Tensor | None:
+    """Have the guard answer. ``read_as`` is what backward would read, if something can be put into its place."""
     remarks = save.remark()
     read = _places.user_instruction(sys._getframe(1))
     suspect = remarks.suspect
     kind: Kind
-    if _is_rebound(save):
-        kind, operation, written = "rebind", "x.data = y", read
-    elif remarks.writer is not None:
+    if remarks.writer is not None:
         kind, operation, written = remarks.writer
+    elif _is_rebound(save):
+        kind, operation, written = "rebind", "x.data = y", read
     else:
         kind, operation, written = "unchecked" if save.tracked else "unseen", "", read
     reasons = _policy.state.reasons
+    aliased = remarks.alias if suspect is None else suspect.instruction
+    instead = None if read_as is None or save.reason is not None else _as_it_was(save, read_as)
+    if instead is not None and _verdict.can_be_repaired(save):
+        healed = _verdict.repair(save, kind, operation, aliased=aliased, written=written, read=read)
+        if healed is None:
+            save.accept()
+            return None
+        return instead
     if save.reason is not None:
         reasons.append(save.reason)
     try:
@@ -495,7 +507,7 @@ def _report(save: HookedSave) -> None:
             save,
             kind,
             operation,
-            aliased=remarks.alias if suspect is None else suspect.instruction,
+            aliased=aliased,
             written=written,
             read=read,
             elements=save.changed_elements,
@@ -505,3 +517,20 @@ def _report(save: HookedSave) -> None:
         if save.reason is not None:
             reasons.pop()
     save.accept()
+    return None
+
+
+def _as_it_was(save: HookedSave, read: torch.Tensor) -> torch.Tensor | None:
+    """``read`` over a copy of the memory as it was when it was saved; None where that cannot be made."""
+    proof = None if save.remarks is None else save.remarks.proof
+    if proof is None:
+        return None
+    with _torch.hidden():
+        if read.shape == proof.shape and read.dtype == proof.dtype:
+            return proof.clone()
+        saved = save.tensor
+        if not _lies_over(read, saved) or not _memory.can_be_copied([saved, read]):
+            return None
+        replicas = _memory.replicas_of([saved, read])
+        _memory.overwrite(replicas[id(saved)], proof)
+        return replicas[id(read)]

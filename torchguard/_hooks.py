@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from torchguard import _functorch, _policy, _torch
+from torchguard import _functorch, _memory, _policy, _torch
 from torchguard._hooked import compose, program_of
 from torchguard._reads import collector, unpack
 from torchguard._saves import make_pack
@@ -185,8 +185,13 @@ def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
     waiting = iter(saves)
     result: list[torch.Tensor | None] = []
     for tensor in unpacked:
-        save = None if tensor is None else next(waiting)
-        result.append(save.tensor if save is not None and save.node is None else tensor)
+        if tensor is None:
+            result.append(None)
+            continue
+        save = next(waiting)
+        # Under repair(), what backward is given in the place of a save lies elsewhere.
+        is_input = save.node is None and _memory.storage_of(save.tensor) == _memory.storage_of(tensor)
+        result.append(save.tensor if is_input else tensor)
     return tuple(result)
 
 

@@ -442,6 +442,10 @@ def _prepare() -> list[_Patch]:
         _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")
     ]
+    patches += [
+        _Patch(torch.Tensor, name, _Routed(getattr(torch.Tensor, name), _writes.reshapes(name)))
+        for name in _writers.RESHAPING
+    ]
     patches += _storage_patches() + _interchange_patches()
     block = _torch.PRESERVING_BLOCK
     if block is not None:

@@ -17,6 +17,13 @@ class Respondent(Protocol):
     def judges_at_read(self) -> bool:
         """Whether it lets the bytes decide when backward reads, wherever a write was seen coming."""
 
+    @property
+    def repairs(self) -> bool:
+        """Whether it hands backward the bytes that were saved, where they were kept."""
+
+    def heal(self, violation: Violation) -> bool:
+        """Answer a violation that can be repaired; False where it is one to live with."""
+
     def respond(self, violation: Violation) -> None:
         """Raise, warn or record."""
 
@@ -90,6 +97,12 @@ def judge_at_read() -> Respondent | None:
         return None
     guard = innermost()
     return guard if guard is not None and guard.judges_at_read else None
+
+
+def repairer() -> Respondent | None:
+    """The guard in charge of what happens in this thread, where it repairs; nothing that is allowed is repaired."""
+    guard = judge_at_read()
+    return guard if guard is not None and guard.repairs else None
 
 
 def answer(

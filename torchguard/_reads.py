@@ -43,23 +43,23 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     storage_id = _torch.storage_id
     disabled = _torch.no_torch_function
 
-    def check(save: Save) -> None:
-        if save.tensor._version != save.version:
+    def check(save: Save) -> torch.Tensor | None:
+        if save.tensor._version != save.version and (save.version == DETACHED or not _verdict.can_be_repaired(save)):
             _refuse(save)
         if save.storage in young or save.storage in aliases:
             ALIASES.sync(save.storage)
         if save.remarks is not None or (save.node is None and _memory.storage_of(save.tensor) != save.storage):
-            _examine(save)
+            return _examine(save)
+        return None
 
-    def verdict(save: Save) -> Exception | None:
+    def verdict(save: Save) -> Exception | torch.Tensor | None:
         try:
             with disabled():
-                check(save)
+                return check(save)
         except Exception as error:
             # Raised by the hook, without the frames below: their locals would keep the save alive for as long
             # as somebody keeps the error.
             return error.with_traceback(None)
-        return None
 
     def unpack(save: Save) -> torch.Tensor:
         if collector.saves is not None:
@@ -75,13 +75,15 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
             or save.storage in aliases
             or (save.node is None and storage_id(tensor) != save.storage)
         ):
-            error = verdict(save)
-            if error is not None:
+            found = verdict(save)
+            if isinstance(found, torch.Tensor):
+                return found  # what was saved, in the place of what is there now
+            if found is not None:
                 del save, tensor
                 try:
-                    raise error
+                    raise found
                 finally:
-                    del error  # it refers to this frame
+                    del found  # it refers to this frame
         return tensor
 
     return unpack
@@ -101,22 +103,24 @@ def _refuse(save: Save) -> None:
     raise _refusal.refusal(save.tensor, save.version, node, save.output)
 
 
-def _examine(save: Save) -> None:
+def _examine(save: Save) -> torch.Tensor | None:
+    """Judge a save that there is something to say about; what backward is to read in its place, if anything."""
     remarks = save.remark()
     if remarks.awaits is not None:
         awaits, remarks.awaits = remarks.awaits, None
         awaits()
     tensor = save.tensor
     rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
+    refused = save.moved and not remarks.stashed  # PyTorch would, and the guard in charge repairs
     seen = rebound or remarks.compare or remarks.suspect is not None
-    if not seen and (not remarks.exports or remarks.proof is None):
-        return
-    if save.is_intact:
+    if not seen and not refused and (not remarks.exports or remarks.proof is None):
+        return None
+    if not refused and save.is_intact:
         remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
-        return
+        return None
     if _unused(save):
-        return
-    _report(save, "rebind" if rebound else "unseen" if seen else "exported")
+        return None
+    return _report(save, "rebind" if rebound else "unseen" if seen else "tracked" if refused else "exported")
 
 
 def _unused(save: Save) -> bool:
@@ -138,7 +142,7 @@ def _unused(save: Save) -> bool:
     return any(other is save for other in found)
 
 
-def _report(save: Save, kind: Kind) -> None:
+def _report(save: Save, kind: Kind) -> torch.Tensor | None:
     remarks = save.remark()
     alias: AliasRecord | Export | None = _export_behind(save) if kind == "exported" else remarks.suspect
     read = _places.user_instruction(sys._getframe(1))
@@ -149,6 +153,14 @@ def _report(save: Save, kind: Kind) -> None:
         aliased = aliased or remarks.alias
     if remarks.stashed:
         kind = "stashed"
+    if _verdict.can_be_repaired(save):
+        healed = _verdict.repair(save, kind, operation, aliased=aliased, written=written, read=read)
+        if healed is not None:
+            return healed
+        if save.moved and not remarks.stashed:
+            _refuse(save)
+        save.accept()
+        return None
     _verdict.pronounce(
         save,
         kind,
@@ -161,6 +173,7 @@ def _report(save: Save, kind: Kind) -> None:
     )
     remarks.spoilt = False
     save.accept()  # nothing was raised: a later write is another violation
+    return None
 
 
 def _export_behind(save: Save) -> Export:
@@ -182,14 +195,15 @@ def examine(save: Save) -> None:
         _examine(save)
 
 
-def examine_stashed(save: Save) -> None:
+def examine_stashed(save: Save) -> torch.Tensor | None:
     """The same for a save that PyTorch reads without a look at its version: a tracked write is silent, too."""
     ALIASES.sync(save.storage)
     remarks = save.remark()
     remarks.compare = remarks.compare or save.moved
     with _torch.no_torch_function():
-        _examine(save)
+        healed = _examine(save)
     save.version = _memory.version_of(save.tensor)
+    return healed
 
 
 def look_for_unseen_writes(leaving: bool = False) -> None:

@@ -55,6 +55,7 @@ class Remarks:
         "exports",
         "fingerprint",
         "guard",
+        "healed",
         "lent",
         "proof",
         "spoilt",
@@ -76,6 +77,8 @@ class Remarks:
         self.stashed = False
         #: What is known of the saved bytes while their memory is given up.
         self.fingerprint: torch.Tensor | None = None
+        #: Whether backward is given the copy: None until somebody has asked the guard in charge.
+        self.healed: bool | None = None
         #: Waits for a write that has begun in the background; to be called before the bytes are compared.
         self.awaits: Callable[[], None] | None = None
         #: The first such writer since the bytes were last those that were saved, and where, if the guard saw it.
@@ -191,6 +194,7 @@ class Save:
         remarks.writer = writer
         remarks.alias = aliased
         remarks.taken_by = _policy.judge_at_read()
+        remarks.healed = None
 
     def shares_counter(self, target: torch.Tensor) -> bool:
         """Whether a counted write to ``target`` moves the version of what was saved."""
@@ -198,6 +202,17 @@ class Save:
 
     def expect_version(self) -> None:
         """The version of a save that is not checked has moved by a write that was seen."""
+
+    def restored(self) -> torch.Tensor:
+        """A copy of the bytes that were saved, for backward: autograd gives it the history that the save has."""
+        proof = None if self.remarks is None else self.remarks.proof
+        assert proof is not None
+        with _torch.hidden():
+            copy = proof.clone()  # and not the proof: what reads may write to it, and may read again
+            kind = type(self.tensor)
+            if kind not in _memory.PLAIN_TYPES and not _torch.is_wrapper(self.tensor):
+                copy = copy.as_subclass(kind)
+            return _torch.wrapped_like(self.tensor, copy)
 
     @property
     def is_taken(self) -> bool:
@@ -255,7 +270,8 @@ class Save:
         self.follow()
         remarks = self.remarks
         if remarks is not None:
-            remarks.suspect = remarks.guard = remarks.writer = remarks.alias = remarks.taken_by = None
+            remarks.suspect = remarks.guard = remarks.writer = remarks.alias = None
+            remarks.taken_by = remarks.healed = None
             if remarks.fingerprint is not None:
                 remarks.fingerprint = _fingerprint.of(self.tensor)
                 remarks.compare = remarks.fingerprint is not None

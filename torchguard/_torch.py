@@ -183,6 +183,19 @@ def behind(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def can_be_replaced(tensor: torch.Tensor) -> bool:
+    """Whether other memory in the same wrappers (see :func:`wrapped_like`) can stand for what autograd saved.
+
+    Autograd gives what it unpacks the history of the save, but on one level of torch.func only; and a wrapper of a
+    transform that is over cannot be made again, which matters where vmap goes on inside it.
+    """
+    levels = list(levels_of(tensor))
+    if any(level.requires_grad or _is_grad_wrapper(level) for level in levels[1:]):
+        return False
+    is_over = len(levels) > 1 and _transforms.maybe_get_level(tensor) < 0
+    return not (is_over and any(_is_batch_wrapper(level) for level in levels[1:]))
+
+
 def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """``memory`` in the wrappers that ``tensor`` has; those of transforms that are over are left out."""
     for wrapper in reversed(list(levels_of(tensor))[:-1]):

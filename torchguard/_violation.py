@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "uncounted", "rebind", "unseen", "exported", "unchecked", "stashed", "recompute"]
+Kind = Literal["write", "uncounted", "rebind", "unseen", "exported", "unchecked", "stashed", "recompute", "tracked"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,19 @@ versions. Without torchguard, backward() would finish with wrong gradients and n
         unknown_writer="between forward and backward, by a call that is not patched: out=, torch.ops or an extension",
         verb="has changed a tensor that a checkpoint reads again in backward",
     ),
+    "tracked": _Wording(
+        "{write}, at which PyTorch would refuse to go on,",
+        """\
+The version counter of the saved tensor moved: PyTorch refuses to use it, as modified by an inplace
+operation.""",
+        "do it after backward(), or on a clone()",
+        seen=False,
+    ),
 }
+
+_REPAIRED = """\
+Backward is given the bytes that were saved, so that the gradient is right. Without torchguard.repair()
+it would be wrong, with no error, or PyTorch would refuse to compute it."""
 
 _RESET = "\x1b[0m"
 _COLOURS = {"headline": "\x1b[1;31m", "label": "\x1b[1m", "place": "\x1b[36m", "fix": "\x1b[32m"}
@@ -143,7 +155,8 @@ class Violation:
             ``"exported"`` (a write from outside torch, to memory that was handed to NumPy, DLPack or another
             process), ``"unchecked"`` (a write that moves the version, where the program's save hooks switch
             PyTorch's check off), ``"stashed"`` (any write, tracked or not, to what PyTorch reads without a look
-            at its version) or ``"recompute"`` (any write to what a checkpoint reads again).
+            at its version), ``"recompute"`` (any write to what a checkpoint reads again) or ``"tracked"`` (a write that
+            PyTorch sees and would refuse; only where it is repaired).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -151,6 +164,7 @@ class Violation:
         read: where backward read the save, if the violation was found then.
         largest_difference: by how much the elements differ at most from what was saved (for complex ones the distance;
             NaN where one of two differing elements is), if both were compared; else None.
+        repaired: whether backward was given the bytes that were saved (``repair()``). ``times`` then counts the saves.
         saved_by: the operation that saved the tensor, ``"sigmoid"`` say; ``""`` where it cannot be known.
         dtype: element type of the save, ``"float32"`` say.
         shape: shape of the save.
@@ -180,6 +194,7 @@ class Violation:
     times: int = 1
     read: Place | None = None
     largest_difference: float | None = None
+    repaired: bool = False
 
     @property
     def site(self) -> tuple[Any, ...]:
@@ -206,7 +221,8 @@ class Violation:
             where, source = (str(place), place.source) if place else (self._unknown(label), "")
             body = "  ".join(part for part in (paint(where, "place"), source) if part)
             lines.append(f"  {paint(f'{label:<9}', 'label')} {body}{'     ' + note if note else ''}")
-        lines += ["", *(f"  {line}" for line in self._explanation()), *self._ways_out(paint)]
+        explanation = _REPAIRED.splitlines() if self.repaired else self._explanation()
+        lines += ["", *(f"  {line}" for line in explanation), *self._ways_out(paint)]
         return "\n".join(lines)
 
     def _headline(self) -> str:
@@ -215,7 +231,8 @@ class Violation:
         corrupts = "has corrupted" if self.largest_difference is not None else "may have corrupted"
         if self.caught == "write":
             corrupts = "would corrupt"
-        return f"{what} {wording.verb or corrupts + ' a tensor saved for backward'}"
+        healed = ": backward is given what was saved" if self.repaired else ""
+        return f"{what} {wording.verb or corrupts + ' a tensor saved for backward'}{healed}"
 
     def _alias(self) -> str:
         """``.data``, unless the line that took the alias did it otherwise."""

@@ -206,11 +206,15 @@ def look(
             note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
         saves = [save for save in saves if not isinstance(save, Reread)]
         counted = writer.counts(target, args, kwargs)
+        repairs = _policy.repairer() is not None
         preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
         for save in saves:
             if not save.checked and not save.tracked:
                 seen.append(save)
             if not _may_write_to(writer, target, save):
+                if repairs and counted and save.checked and not save.moved and save.shares_counter(target):
+                    # Another part of it, but the version counts for all parts.
+                    save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
                 continue
             silent = save.stashed or not (counted and save.shares_counter(target))
             if silent and save.certain:
@@ -222,6 +226,8 @@ def look(
             elif not save.checked:
                 kind: Kind = "unchecked" if not silent else ("write" if counted else "uncounted")
                 save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
+            elif repairs:
+                save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
 
 
 def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
@@ -439,6 +445,10 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
                 raise error
             finally:
                 del error  # it refers to this frame
+    if not same and _policy.judge_at_read() is not None:
+        for save in LEDGER.in_storage(_memory.storage_of(tensor)):
+            if not save.certain and save.tensor is tensor:
+                save.let_bytes_decide("rebind", _REBINDING, _places.user_instruction(frame))
     ALIASES.forget(tensor)  # of the memory that it leaves
     note_write(rereads, _REBINDING)
     setter(tensor, value)
@@ -457,6 +467,28 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
         here = _places.user_instruction(frame)
         for alias in (value, tensor):  # the same memory, two counters
             enter_alias(alias, here, _memory.version_of(alias))
+
+
+def reshapes(name: str) -> Callable[..., Any]:
+    """The route of a method that changes what a tensor is, and no memory: PyTorch refuses what is saved of it."""
+
+    def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(instance, torch.Tensor):
+            keep_before_reshaping(instance, name)
+        return wrapped(*args, **kwargs)
+
+    return route
+
+
+def keep_before_reshaping(tensor: torch.Tensor, name: str) -> None:
+    """Keep what is saved of a tensor that is about to be reshaped in place, if somebody repairs."""
+    if _policy.repairer() is None or not LEDGER.any_alive():
+        return
+    here = _places.user_instruction(sys._getframe(2))
+    with _torch.no_torch_function():
+        for save in LEDGER.in_storage(_memory.storage_of(tensor)):
+            if save.checked and not isinstance(save, Reread) and not save.moved and save.shares_counter(tensor):
+                save.let_bytes_decide("tracked", f"{name}()", here)
 
 
 def saves_of(tensor: torch.Tensor) -> list[Save]:

@@ -18,10 +18,9 @@ from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorrupt
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Action = Literal["raise", "warn", "record"]
+Action = Literal["raise", "warn", "repair", "record"]
 Moment = Literal["write", "read"]
-
-_ACTIONS = ("raise", "warn", "record")
+Depth = Literal["saves", "bytes"]
 
 Suppressions = _suppressions.Suppressions | str | os.PathLike[str] | Iterable[str] | None
 
@@ -100,35 +99,43 @@ class Guard(_Block):
 
     Args:
         action: what happens at a violation: ``"raise"`` a :class:`SavedTensorCorruptionError`, ``"warn"`` a
-            :class:`SavedTensorCorruptionWarning` once a site, or just ``"record"`` it.
+            :class:`SavedTensorCorruptionWarning` once a site, ``"repair"`` it (backward is given the bytes that were
+            saved, with a warning once a site; an error where they are not at hand), or just ``"record"`` it.
         at: ``"write"``: judged when the write is about to happen, before memory changes. (What only the
             alias's version counter gives away is judged when backward reads the save.) ``"read"``: the bytes decide,
             when backward reads the save. A write that is undone, or whose save nobody reads, is none. Costs a copy of
-            each save that is written to, made before the first write.
-        depth: ``"saves"``: every tensor that autograd saves is known.
+            each save that is written to, made before the first write. The default, but for ``"repair"``, which can
+            only be at the read.
+        depth: ``"saves"``: every tensor that autograd saves is known. ``"bytes"``: and a copy of it is kept, so that
+            backward notices what no Python sees.
         every_call: also see calls that no patch sees (``out=``, ``torch.ops``, functions bound before the
             guard), at the cost of about a microsecond for every torch call.
         suppressions: violations to live with: path of a file, or lines ``GLOB[:LINE|:FUNCTION] [KIND] -- REASON``.
 
     Raises:
-        ValueError: for an action, a moment or a depth that does not exist, or a suppression that cannot be read.
+        ValueError: for an action, a moment or a depth that does not exist or a combination that makes no sense, or a
+            suppression that cannot be read.
     """
 
     def __init__(
         self,
         action: Action = "raise",
-        at: Moment = "write",
-        depth: Literal["saves"] = "saves",
+        at: Moment | None = None,
+        depth: Depth = "saves",
         every_call: bool = False,
         suppressions: Suppressions = None,
     ) -> None:
-        _check("action", action, _ACTIONS)
-        _check("at", at, _config.MOMENTS)
-        _check("depth", depth, ("saves",))
+        _check("action", action, _config.ACTIONS)
+        if at is not None:
+            _check("at", at, _config.MOMENTS)
+        _check("depth", depth, _config.DEPTHS)
+        senseless = _config.senseless(action, at, depth)
+        if senseless is not None:
+            raise ValueError(f"torchguard: {senseless}")
         if not isinstance(every_call, bool):
             raise TypeError(f"torchguard: every_call is True or False, not {every_call!r}")
         self.action: Action = action
-        self.at = at
+        self.at: Moment = at or ("read" if action == "repair" else "write")
         self.depth = depth
         self.every_call = every_call
         self.suppressions, problems = _suppressions.read(suppressions, "suppressions")
@@ -151,6 +158,7 @@ class Guard(_Block):
     def _fresh(self) -> Guard:
         guard = Guard(self.action, self.at, self.depth, self.every_call, self.suppressions)
         guard.findings = self.findings  # what the calls of a decorated function find, the decorator knows
+        guard.findings.sum_up_at_exit = self.action == "repair"
         return guard
 
     # ---- entering and leaving
@@ -207,6 +215,7 @@ class Guard(_Block):
         if self._sees_every_call and self._thread == threading.get_ident():
             _intercept.see_patched_calls()
             self._sees_every_call = False
+        everywhere = self in _policy.process_wide  # whoever switched it on sums up
         while self._pairs:
             pair, thread = self._pairs.pop()
             if thread == threading.get_ident():
@@ -215,6 +224,8 @@ class Guard(_Block):
                 _hooks.abandon(pair, thread)
         _policy.leave(self)
         _intercept.uninstall()
+        if not everywhere:
+            self.findings.sum_up()
 
     # ---- what it found
 
@@ -240,6 +251,17 @@ class Guard(_Block):
         """Whether the bytes decide when backward reads. (Asked by torchguard.)"""
         return self.at == "read"
 
+    @property
+    def repairs(self) -> bool:
+        """Whether backward is given what was saved. (Asked by torchguard.)"""
+        return self.action == "repair"
+
+    def heal(self, violation: Violation) -> bool:
+        """Answer a violation that is repaired, unless it is one to live with. (Called by torchguard.)"""
+        suppressed = self.suppressions.reason_for(violation) is not None
+        self.respond(replace(violation, repaired=not suppressed))
+        return not suppressed
+
     def respond(self, violation: Violation) -> None:
         """Raise, warn or record. (Called by torchguard.)"""
         reason = self.suppressions.reason_for(violation)
@@ -250,9 +272,9 @@ class Guard(_Block):
             self.listener(violation, new)
         if reason is not None:
             return
-        if self.action == "raise":
+        if self.action == "raise" or (self.action == "repair" and not violation.repaired):
             raise SavedTensorCorruptionError(violation)
-        if self.action == "warn" and new and (self.max_reports is None or self._warned < self.max_reports):
+        if self.action != "record" and new and (self.max_reports is None or self._warned < self.max_reports):
             self._warned += 1
             place = violation.written
             warnings.warn_explicit(
@@ -278,7 +300,7 @@ def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"torchguard: {name} is one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
-def strict(*, at: Moment = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+def strict(*, at: Moment | None = None, every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Raise :class:`SavedTensorCorruptionError` at the line that corrupts, before any memory changes.
 
     Args:
@@ -289,7 +311,7 @@ def strict(*, at: Moment = "write", every_call: bool = False, suppressions: Supp
     return Guard("raise", at, every_call=every_call, suppressions=suppressions)
 
 
-def warn(*, at: Moment = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+def warn(*, at: Moment | None = None, every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Warn with :class:`SavedTensorCorruptionWarning`, once a site; results are those of the unguarded
     program.
 
@@ -299,6 +321,21 @@ def warn(*, at: Moment = "write", every_call: bool = False, suppressions: Suppre
         suppressions: see :class:`Guard`.
     """
     return Guard("warn", at, every_call=every_call, suppressions=suppressions)
+
+
+def repair(*, at: Moment | None = None, every_call: bool = True, suppressions: Suppressions = None) -> Guard:
+    """Hand backward the bytes that were saved, whatever was written since; warn, once a site, of what was repaired.
+
+    Writes that PyTorch sees, and would refuse, are repaired as well. What cannot be (a raw pointer, what a checkpoint
+    reads again) raises :class:`SavedTensorCorruptionError`. Leaving it prints one line that says what was repaired.
+
+    Args:
+        at: only ``"read"``, the default.
+        every_call: see :class:`Guard`. Without it, what only such a call writes (``out=``, ``torch.ops``) is refused by
+            PyTorch or raises, where it cannot be repaired.
+        suppressions: see :class:`Guard`; what they speak of is not repaired.
+    """
+    return Guard("repair", at, every_call=every_call, suppressions=suppressions)
 
 
 _NEEDS_REASON = 'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
