@@ -71,6 +71,7 @@ class Program:
         allowed: the write stands in an ``allow`` block; the guard must keep silent, and keep the reason.
         hooks: whether it can run under save hooks. Where it cannot, its truth is the run without the write alone, and
             whether a live save's bytes changed cannot be seen: "unread" is then what it says it is.
+        only_audit: no Python sees its write: of all modes, audit() alone says so, when backward reads.
         repairable: whether repair() can hand backward what was saved; where it cannot, it must raise or let PyTorch refuse.
             None as the route has it.
         read_in_vain: for an unread program: backward reads the save all the same, and nothing comes of it.
@@ -90,6 +91,7 @@ class Program:
     hooks: bool = True
     read_in_vain: bool = False
     repairable: bool | None = None
+    only_audit: bool = False
 
     @property
     def can_be_repaired(self) -> bool:
@@ -119,6 +121,7 @@ def add(
     hooks: bool = True,
     read_in_vain: bool = False,
     repairable: bool | None = None,
+    only_audit: bool = False,
 ) -> Program:
     """Put a program into the catalogue."""
     twins = (twin_of,) if isinstance(twin_of, str) else tuple(twin_of)
@@ -137,6 +140,7 @@ def add(
         hooks,
         read_in_vain,
         repairable,
+        only_audit,
     )
     PROGRAMS.append(found)
     return found
@@ -496,28 +500,133 @@ class Mode:
 
     name: str
     make: MakeGuard
-    raises: bool
+    #: The column of :data:`VERDICTS`.
+    column: str = "strict"
     every_call: bool = False
-    at_read: bool = False
-    repairs: bool = False
+
+    @property
+    def at_read(self) -> bool:
+        """Whether what it sees being written is left to the read."""
+        return "read" in self.column or self.repairs
+
+    @property
+    def repairs(self) -> bool:
+        """Whether it hands backward what was saved."""
+        return self.column == "repair"
 
     def __str__(self) -> str:
         return self.name
 
 
 MODES = (
-    Mode("strict", lambda: torchguard.strict(), True),
-    Mode("warn", lambda: torchguard.warn(), False),
-    Mode("strict_every_call", lambda: torchguard.strict(every_call=True), True, every_call=True),
-    Mode("warn_every_call", lambda: torchguard.warn(every_call=True), False, every_call=True),
-    Mode("strict_at_read", lambda: torchguard.strict(at="read"), True, at_read=True),
-    Mode("warn_at_read", lambda: torchguard.warn(at="read"), False, at_read=True),
-    Mode("repair", lambda: torchguard.repair(), False, every_call=True, at_read=True, repairs=True),
+    Mode("strict", lambda: torchguard.strict()),
+    Mode("warn", lambda: torchguard.warn(), "warn"),
+    Mode("strict_every_call", lambda: torchguard.strict(every_call=True), every_call=True),
+    Mode("warn_every_call", lambda: torchguard.warn(every_call=True), "warn", every_call=True),
+    Mode("strict_at_read", lambda: torchguard.strict(at="read"), 'strict(at="read")'),
+    Mode("warn_at_read", lambda: torchguard.warn(at="read"), 'warn(at="read")'),
+    Mode("repair", lambda: torchguard.repair(), "repair", every_call=True),
+    Mode("audit", lambda: torchguard.audit(), "audit"),
 )
 
 
 #: What PyTorch says of a save whose version moved.
 MOVED = "modified by an inplace operation"
+
+
+# ---- the verdicts -------------------------------------------------------------------------------------------------
+
+Verdict = Literal["raises", "may raise", "warns", "may warn", "repairs", "silent", "PyTorch refuses"]
+
+#: What each mode must do with a program; docs/choosing.md shows this table. "may": at the write nobody can know whether
+#: backward will read the save, or what comes of it.
+VERDICTS: dict[str, dict[str, Verdict]] = {
+    "corrupting": {
+        "strict": "raises",
+        'strict(at="read")': "raises",
+        "warn": "warns",
+        'warn(at="read")': "warns",
+        "repair": "repairs",
+        "audit": "raises",
+    },
+    "corrupting, what was saved is not to be had": {
+        "strict": "raises",
+        'strict(at="read")': "raises",
+        "warn": "warns",
+        'warn(at="read")': "warns",
+        "repair": "raises",
+        "audit": "raises",
+    },
+    "corrupting, by a write that no Python sees": {
+        "strict": "silent",
+        'strict(at="read")': "silent",
+        "warn": "silent",
+        'warn(at="read")': "silent",
+        "repair": "silent",
+        "audit": "raises",
+    },
+    "written to, and never read": {
+        "strict": "may raise",
+        'strict(at="read")': "silent",
+        "warn": "may warn",
+        'warn(at="read")': "silent",
+        "repair": "silent",
+        "audit": "may raise",
+    },
+    "written to, and read in vain": {
+        "strict": "may raise",
+        'strict(at="read")': "may raise",
+        "warn": "may warn",
+        'warn(at="read")': "may warn",
+        "repair": "repairs",
+        "audit": "may raise",
+    },
+    "innocent, or allowed": {
+        "strict": "silent",
+        'strict(at="read")': "silent",
+        "warn": "silent",
+        'warn(at="read")': "silent",
+        "repair": "silent",
+        "audit": "silent",
+    },
+    "refused by PyTorch, for a save that was written to": {
+        "strict": "PyTorch refuses",
+        'strict(at="read")': "PyTorch refuses",
+        "warn": "PyTorch refuses",
+        'warn(at="read")': "PyTorch refuses",
+        "repair": "repairs",
+        "audit": "PyTorch refuses",
+    },
+    "refused by PyTorch for another reason": {
+        "strict": "PyTorch refuses",
+        'strict(at="read")': "PyTorch refuses",
+        "warn": "PyTorch refuses",
+        'warn(at="read")': "PyTorch refuses",
+        "repair": "PyTorch refuses",
+        "audit": "PyTorch refuses",
+    },
+}
+
+
+def row_of(case: Program) -> str:
+    """The row of :data:`VERDICTS` that a program stands in."""
+    if case.kind == "innocent" or case.allowed:
+        return "innocent, or allowed"
+    if case.kind == "corrupting":
+        if case.only_audit:
+            return "corrupting, by a write that no Python sees"
+        return "corrupting" if case.can_be_repaired else "corrupting, what was saved is not to be had"
+    if case.kind == "unread":
+        return "written to, and read in vain" if case.read_in_vain else "written to, and never read"
+    for_a_save = MOVED in str(plain_run(case).error) and run_with_cloned_saves(case).error is None
+    if for_a_save and case.can_be_repaired:
+        return "refused by PyTorch, for a save that was written to"
+    return "refused by PyTorch for another reason"
+
+
+def expected_verdict(case: Program, mode: Mode) -> Verdict:
+    """What the mode must do with the program."""
+    return VERDICTS[row_of(case)][mode.column]
 
 
 class _Guarded:
@@ -551,7 +660,7 @@ def check_guarded(case: Program, mode: Mode) -> None:
     """The guard does with the program what it must, and leaves nothing behind."""
     plain = plain_run(case)
     recorded(case)  # before a guard is on
-    if mode.repairs:
+    if mode.repairs or case.kind == "refused":
         run_with_cloned_saves(case)
     watch = _Guarded(case)
     guards: list[torchguard.Guard] = []
@@ -572,20 +681,7 @@ def check_guarded(case: Program, mode: Mode) -> None:
     assert len(guards) == 1, f"{case} enters {len(guards)} guards"
     spoken = [note for note in caught if issubclass(note.category, torchguard.SavedTensorCorruptionWarning)]
     told = _Told(case, mode, plain, outcome, guards[0], spoken, watch)
-    if mode.repairs and case.kind in ("refused", "corrupting") and not case.allowed:
-        told.check_repaired()
-    elif case.kind == "refused":
-        told.check_refused()
-    elif case.kind == "innocent" or case.allowed or (mode.at_read and case.kind == "unread" and not case.read_in_vain):
-        told.check_silent()
-        told.check_same_results()
-        assert all(violation.allowed for violation in guards[0].allowed)
-        assert bool(guards[0].allowed) == case.allowed, f"{case}: allowed: {guards[0].allowed}"
-    elif mode.raises:
-        told.check_raised(must=case.kind == "corrupting")
-    else:
-        told.check_warned(must=case.kind == "corrupting")
-        told.check_same_results()
+    told.check(expected_verdict(case, mode))
 
 
 def check_all_modes(case: Program, modes: Iterable[Mode] = MODES) -> None:
@@ -615,6 +711,8 @@ class _Told:
             return "read"
         if self.case.kind == "unread":
             return "write"
+        if self.case.only_audit:
+            return "read"
         return self.case.every_call if self.mode.every_call else self.case.caught
 
     def check_refused(self) -> None:
@@ -624,19 +722,26 @@ class _Told:
         assert str(error) == str(expected), f"{self.case}: not PyTorch's words:\n{error}\n{expected}"
         self.check_silent_but_for_the_error()
 
+    def check(self, verdict: Verdict) -> None:
+        """The guard did what it must."""
+        if verdict == "PyTorch refuses":
+            self.check_refused()
+        elif verdict == "repairs":
+            self.check_repaired()
+        elif verdict in ("raises", "may raise"):
+            self.check_raised(must=verdict == "raises")
+        elif verdict in ("warns", "may warn"):
+            self.check_warned(must=verdict == "warns")
+            self.check_same_results()
+        else:
+            self.check_silent()
+            self.check_same_results()
+            assert all(violation.allowed for violation in self.guard.allowed)
+            assert bool(self.guard.allowed) == self.case.allowed, f"{self.case}: allowed: {self.guard.allowed}"
+
     def check_repaired(self) -> None:
-        """Backward read what was saved, and the guard said so; or it raised where that is not to be had."""
+        """Backward read what was saved, and the guard said so."""
         truth, error = run_with_cloned_saves(self.case), self.outcome.error
-        if truth.error is not None or (self.plain.error is not None and MOVED not in str(self.plain.error)):
-            self.check_refused()  # for another reason than what became of a save
-            return
-        if not self.case.can_be_repaired:
-            assert error is not None, f"{self.case}: repaired, although it is said that it cannot be"
-            if isinstance(error, torchguard.SavedTensorCorruptionError):
-                assert not error.violation.repaired
-            else:
-                self.check_refused()
-            return
         if error is not None:
             raise AssertionError(f"{self.case}: not repaired:\n{error}") from error
         assert same_values(self.outcome.results, truth.results), (

@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_switch", "_violation", "guard"},
     "__main__": {"_config", "_switch", "_tracebacks"},
     "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_audit": {"_memory", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation"},
     "_collectives": {
         "_aliases", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers", "_writes",
     },
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_intercept": {
         "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory",
         "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads", "_saves",
-        "_storages", "_torch", "_writers", "_writes",
+        "_stashes", "_storages", "_torch", "_writers", "_writes",
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
     "_ledger": set(),
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_pools": {"_hooks", "_policy"},
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
     "_reads": {
-        "_aliases", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves", "_torch",
+        "_aliases", "_audit", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves", "_torch",
         "_verdict", "_violation",
     },
     "_recompute": {
@@ -65,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_saves": {
         "_aliases", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation",
     },
+    "_stashes": {"_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_writers"},
     "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
     "_suppressions": {"_violation"},
     "_switch": {"_config", "_findings", "_plain_report", "_policy", "_suppressions", "_violation", "guard"},

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         UnwatchedWarning,
         Violation,
     )
-    from torchguard.guard import Guard, allow, repair, strict, warn
+    from torchguard.guard import Guard, allow, audit, repair, strict, warn
 
 __all__ = [
     "Guard",
@@ -23,6 +23,7 @@ __all__ = [
     "UnwatchedWarning",
     "Violation",
     "allow",
+    "audit",
     "disable",
     "enable",
     "repair",
@@ -39,6 +40,7 @@ _HOMES = {
     "UnwatchedWarning": "_violation",
     "Violation": "_violation",
     "allow": "guard",
+    "audit": "guard",
     "disable": "_switch",
     "enable": "_switch",
     "repair": "guard",

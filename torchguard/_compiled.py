@@ -154,6 +154,7 @@ class _Collector:
 
     judges_at_read = True
     repairs = False
+    audits = False
 
     def __init__(self, guard: _policy.Respondent) -> None:
         self._guard = guard

@@ -21,6 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
     "strict": {"action": "raise"},
     "warn": {"action": "warn"},
     "repair": {"action": "repair", "at": "read", "every_call": True},
+    "audit": {"action": "raise", "depth": "bytes"},
 }
 #: What a guard can do, when it can judge, and what it can look at.
 ACTIONS: tuple[str, ...] = ("raise", "warn", "repair", "record")
@@ -31,7 +32,7 @@ DEPTHS: tuple[str, ...] = ("saves", "bytes")
 def senseless(action: str, at: str | None, depth: str) -> str | None:
     """What is wrong with a combination, and what would be right; None where nothing is."""
     if action == "repair" and at == "write":
-        return "repair acts when backward reads: at='write' makes no sense with it; leave it out, or say at='read'"
+        return "repair acts when backward reads: with it, at is 'read', not 'write'"
     return None
 
 

@@ -31,7 +31,7 @@ import torch.utils.checkpoint
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
 from torchguard._overlap import overlaps
-from torchguard._reads import collector
+from torchguard._reads import collector, is_unused
 from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, OWN_FILES, Save, extent_of, operation_of_node
 from torchguard._torch import Hooks
@@ -140,7 +140,7 @@ class HookedSave(Save):
             LEDGER.add(self)
         super().accept()
         if self.remarks is not None:
-            self.remarks.compare = False
+            self.remarks.compare = self.remarks.audited
 
     def _look_at(self, tensor: torch.Tensor) -> None:
         self.weak = _torch.weak_storage(tensor)
@@ -310,11 +310,16 @@ def compose(program: Hooks) -> Hooks:
         output_of = _node_of_output(tensor)
         packed = pack_program(tensor)
         if type(tensor) in plain and not any_mode_active():
-            return _record(tensor, packed, output_of)  # hooks run without grad mode: nobody sees what is done here
+            return _record(
+                tensor, packed, output_of, recomputes
+            )  # hooks run without grad mode: nobody sees what is done here
         with _torch.hidden():
-            return _record(tensor, packed, output_of)
+            return _record(tensor, packed, output_of, recomputes)
 
     def unpack(save: HookedSave) -> torch.Tensor:
+        if collector.saves is not None and collector.unjudged:
+            collector.saves.append(save)  # somebody asks which save a node takes out, and not for what it holds
+            return save.tensor if save.counter is not None else torch.empty(0)
         suspicious = save.counter is not None and _suspicious(save)
         # What can be repaired is judged by what unpack makes of it: that is what has to be replaced.
         certain = suspicious and save.certain and not (_verdict.can_be_repaired(save) and not recomputes)
@@ -363,7 +368,7 @@ def _node_of_output(tensor: torch.Tensor) -> type | None:
         return type(node)
 
 
-def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> HookedSave:
+def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recomputed: bool) -> HookedSave:
     save = HookedSave.__new__(HookedSave)
     save.packed = packed
     save.counter = None
@@ -412,6 +417,9 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None) -> Hooked
         if remarks.proof is None:
             remarks.proof = judged.detach().clone()
     LEDGER.add(save)
+    guard = _policy.innermost()
+    if guard is not None and guard.audits and not recomputed:
+        save.keep_contents()
     return save
 
 
@@ -454,7 +462,12 @@ def _verdict_on(save: HookedSave, read: Any, recomputed: bool) -> Exception | to
         with _torch.no_torch_function():
             # What a checkpoint's function read from outside is judged when it has run again (see ``_recompute``).
             reread = recomputed and any(isinstance(entry, Reread) for entry in LEDGER.in_storage(save.storage))
-            if not reread and isinstance(read, torch.Tensor) and _is_changed(save, read, recomputed):
+            if (
+                not reread
+                and isinstance(read, torch.Tensor)
+                and _is_changed(save, read, recomputed)
+                and not is_unused(save)
+            ):
                 return _report(save, None if recomputed else read)
     except Exception as error:
         return error.with_traceback(None)
@@ -489,6 +502,8 @@ def _report(save: HookedSave, read_as: torch.Tensor | None) -> torch.Tensor | No
         kind, operation, written = remarks.writer
     elif _is_rebound(save):
         kind, operation, written = "rebind", "x.data = y", read
+    elif remarks.audited and suspect is None and not save.tracked:
+        kind, operation, written = "invisible", "", read
     else:
         kind, operation, written = "unchecked" if save.tracked else "unseen", "", read
     reasons = _policy.state.reasons

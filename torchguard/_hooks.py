@@ -46,10 +46,10 @@ def _clear_stale() -> None:
         remove(pair)
 
 
-def push() -> Hooks:
-    """Push a new pair of hooks onto this thread's stack, and return it."""
+def push(audits: bool = False) -> Hooks:
+    """Push a new pair of hooks onto this thread's stack, and return it; ``audits``: one that keeps the bytes."""
     _clear_stale()
-    pair = (make_pack(), unpack)
+    pair = (make_pack(audits=audits), unpack)
     _ours.add(id(pair[0]))
     if _torch.hooks_enabled():
         _restack(lambda pairs: [pair, *pairs])
@@ -210,7 +210,7 @@ def under(guards: Sequence[_policy.Respondent]) -> Iterator[None]:
         return
     before = list(_policy.state.guards)
     _policy.adopt(adopted)
-    pair = push()
+    pair = push(adopted[-1].audits)
     try:
         yield
     finally:

@@ -35,6 +35,7 @@ from torchguard import (
     _preserved,
     _recompute,
     _refusal,
+    _stashes,
     _storages,
     _torch,
     _writers,
@@ -604,6 +605,28 @@ def _restore() -> None:
         _torch.remove_script_name(wrapper)
     for patch in reversed([*_patches, *_compiler_patches]):
         patch.restore()
+
+
+_stash_patch = _Patch(torch.autograd.Function, "apply", _stashes.APPLY)
+_auditing = 0
+
+
+def see_stashes() -> None:
+    """See what custom Functions stash, until as many :func:`leave_stashes`."""
+    global _auditing
+    with _lock:
+        if _auditing == 0:
+            _stash_patch.install()
+        _auditing += 1
+
+
+def leave_stashes() -> None:
+    """Take back :func:`see_stashes`."""
+    global _auditing
+    with _lock:
+        _auditing -= 1
+        if _auditing == 0:
+            _stash_patch.restore()
 
 
 def see_every_call() -> None:

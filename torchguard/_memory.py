@@ -145,7 +145,22 @@ def _stretch(tensor: torch.Tensor) -> torch.Tensor:
 
 def contents_of(tensor: torch.Tensor) -> torch.Tensor:
     """What the elements hold, in row-major order, as uint8; what is conjugated or negated lazily is so by then."""
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
     return as_bytes(tensor.resolve_conj().resolve_neg().contiguous())
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The strided tensors that hold what one of any layout holds; none where there are no bytes to read."""
+    tensor = _torch.behind(tensor)
+    if span_of(tensor) is not None:
+        return [tensor] if readable(tensor) else []
+    try:
+        with _torch.hidden():
+            found = _torch.inner_tensors(tensor)
+    except NO_MEMORY:
+        return []
+    return [part for inner in found for part in parts_of(inner)]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -268,6 +283,11 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return False
         return bool(torch.equal(contents_of(a), contents_of(b)))
+
+
+def same_parts(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Whether two tensors, given by what they are made of, hold the same bits."""
+    return len(a) == len(b) and all(same_bytes(one, other) for one, other in zip(a, b, strict=True))
 
 
 def differing_elements(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,10 @@ class Respondent(Protocol):
     def repairs(self) -> bool:
         """Whether it hands backward the bytes that were saved, where they were kept."""
 
+    @property
+    def audits(self) -> bool:
+        """Whether the bytes of every save are kept."""
+
     def heal(self, violation: Violation) -> bool:
         """Answer a violation that can be repaired; False where it is one to live with."""
 

@@ -15,6 +15,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
 from torchguard._aliases import ALIASES, AliasRecord
+from torchguard._audit import put_off
 from torchguard._exports import EXPORTS, Export
 from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, Save
@@ -112,18 +113,28 @@ def _examine(save: Save) -> torch.Tensor | None:
     tensor = save.tensor
     rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
     refused = save.moved and not remarks.stashed  # PyTorch would, and the guard in charge repairs
+    if remarks.audited and remarks.writer is None and remarks.suspect is None and not (rebound or refused):
+        kind_if_changed: Kind = "stashed" if remarks.stashed else "exported" if remarks.exports else "invisible"
+        if is_unused(save) or put_off(save, kind_if_changed, _places.user_instruction(sys._getframe(1))):
+            return None
     seen = rebound or remarks.compare or remarks.suspect is not None
     if not seen and not refused and (not remarks.exports or remarks.proof is None):
         return None
     if not refused and save.is_intact:
         remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
         return None
-    if _unused(save):
+    if is_unused(save):
         return None
-    return _report(save, "rebind" if rebound else "unseen" if seen else "tracked" if refused else "exported")
+    if rebound:
+        kind: Kind = "rebind"
+    elif remarks.audited and remarks.writer is None and remarks.suspect is None and not refused:
+        kind = kind_if_changed
+    else:
+        kind = "unseen" if seen else "tracked" if refused else "exported"
+    return _report(save, kind)
 
 
-def _unused(save: Save) -> bool:
+def is_unused(save: Save) -> bool:
     """Whether what reads takes the save out and does nothing with it.
 
     The node is asked for the tensors of which that is known; its answer comes by way of the unpack hook, which sees

@@ -50,6 +50,7 @@ class Remarks:
 
     __slots__ = (
         "alias",
+        "audited",
         "awaits",
         "compare",
         "exports",
@@ -57,6 +58,7 @@ class Remarks:
         "guard",
         "healed",
         "lent",
+        "parts",
         "proof",
         "spoilt",
         "stashed",
@@ -71,6 +73,10 @@ class Remarks:
         self.suspect: AliasRecord | None = None
         #: A copy of the saved bytes.
         self.proof: torch.Tensor | None = None
+        #: The same of a save without memory of its own (sparse, nested, ...): of each tensor that it is made of.
+        self.parts: list[torch.Tensor] | None = None
+        #: Whether the copy was made when it was saved, whoever may write.
+        self.audited = False
         #: Whether the bytes decide at the read: a trusted or a silent writer has been at work.
         self.compare = False
         #: Whether PyTorch would read it without a look at its version, and never lets go of it: the bytes decide.
@@ -178,6 +184,18 @@ class Save:
         if self.checked and remarks.proof is None and remarks.fingerprint is None:
             remarks.fingerprint = _fingerprint.of(_torch.behind(self.tensor))
 
+    def keep_contents(self) -> None:
+        """Keep a copy of what is saved, whatever its layout, and compare when backward reads."""
+        remarks = self.remark()
+        with _torch.hidden():
+            if _torch.is_capturing(self.tensor):
+                return  # the copy would be made again with every replay
+            self.keep_proof()
+            if remarks.proof is None:
+                parts = _memory.parts_of(self.tensor)
+                remarks.parts = [part.detach().clone() for part in parts] or None
+        remarks.audited = remarks.compare = remarks.proof is not None or remarks.parts is not None
+
     def let_bytes_decide(
         self, kind: Kind, operation: str, here: _places.Instruction, aliased: _places.Instruction = None
     ) -> None:
@@ -227,7 +245,12 @@ class Save:
     @property
     def is_proven(self) -> bool:
         """Whether there is proof, and the bytes are those of it."""
-        proof = None if self.remarks is None else self.remarks.proof
+        remarks = self.remarks
+        if remarks is None:
+            return False
+        if remarks.parts is not None:
+            return _memory.same_parts(_memory.parts_of(self.tensor), remarks.parts)
+        proof = remarks.proof
         return proof is not None and _memory.readable(self.tensor) and _memory.same_bytes(self.tensor, proof)
 
     @property
@@ -275,7 +298,10 @@ class Save:
             if remarks.fingerprint is not None:
                 remarks.fingerprint = _fingerprint.of(self.tensor)
                 remarks.compare = remarks.fingerprint is not None
-            if remarks.proof is not None and not remarks.spoilt:
+            if remarks.audited:
+                remarks.proof = remarks.parts = None
+                self.keep_contents()
+            elif remarks.proof is not None and not remarks.spoilt:
                 remarks.proof = None
                 self.keep_proof()
 
@@ -346,8 +372,8 @@ LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_a
 ALIASES.live_saves = LEDGER.in_storage
 
 
-def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
-    """A new pack hook, or one for tensors that are known to be no plain ones.
+def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Tensor], Save]:
+    """A new pack hook, or one for tensors that are known to be no plain ones, or one that keeps the bytes of each save.
 
     Everything it uses is bound to a local name: it runs once a save.
     """
@@ -444,6 +470,8 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
         append(ref(save))
         if len(pending) > _FILE_AT:
             file()
+        if audits:
+            save.keep_contents()
         return save
 
     def record_exotic(tensor: torch.Tensor) -> Save:
@@ -451,7 +479,7 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
         with disabled():
             save = record(tensor, storage)
         save.remark()  # a save with remarks is read with user code kept out
-        if _memory.span_of(tensor) is None and tensor.device.type != "meta":
+        if _memory.span_of(tensor) is None and tensor.device.type != "meta" and save.remark().parts is None:
             layout = str(tensor.layout).removeprefix("torch.")
             _policy.note_unwatched(
                 f"{type(tensor).__name__} of layout {layout}: no memory to compare writes with; "

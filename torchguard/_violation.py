@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from torchguard._model import Place
 
-Kind = Literal["write", "uncounted", "rebind", "unseen", "exported", "unchecked", "stashed", "recompute", "tracked"]
+Kind = Literal[
+    "write", "uncounted", "rebind", "unseen", "exported", "unchecked", "stashed", "recompute", "tracked", "invisible"
+]
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,14 @@ gradients and no error.""",
         seen=False,
     ),
     "stashed": _Wording(
-        "{write}, which torch.compile does not check for,",
+        "{write}, which nothing checks for,",
         """\
 A Function stashed this tensor on its ctx instead of giving it to save_for_backward, and so does
-the compiled one: its version is never looked at. Without torchguard, backward() would finish
-with wrong gradients and no error.""",
+what torch.compile makes of it: its version is never looked at. Without torchguard, backward()
+would finish with wrong gradients and no error.""",
         "do it after backward(); to have autograd check it, use ctx.save_for_backward() in the Function",
         seen=False,
-        unknown_writer="between the compiled forward and its backward",
+        unknown_writer="between the Function's forward and its backward",
     ),
     "recompute": _Wording(
         "{write}",
@@ -101,6 +103,15 @@ versions. Without torchguard, backward() would finish with wrong gradients and n
         seen=False,
         unknown_writer="between forward and backward, by a call that is not patched: out=, torch.ops or an extension",
         verb="has changed a tensor that a checkpoint reads again in backward",
+    ),
+    "invisible": _Wording(
+        "a write that no Python sees",
+        """\
+The bytes of the saved tensor are not what they were, and no call that writes was seen. Without
+torchguard, backward() would finish with wrong gradients and no error.""",
+        "write after backward(), or to a clone(); a custom operator must name what it writes to in mutates_args",
+        seen=False,
+        unknown_writer="between save and read: a kernel or C++ code through data_ptr(), a custom operator, a process",
     ),
     "tracked": _Wording(
         "{write}, at which PyTorch would refuse to go on,",
@@ -156,7 +167,8 @@ class Violation:
             process), ``"unchecked"`` (a write that moves the version, where the program's save hooks switch
             PyTorch's check off), ``"stashed"`` (any write, tracked or not, to what PyTorch reads without a look
             at its version), ``"recompute"`` (any write to what a checkpoint reads again) or ``"tracked"`` (a write that
-            PyTorch sees and would refuse; only where it is repaired).
+            PyTorch sees and would refuse; only where it is repaired) or ``"invisible"`` (one that only the bytes gave
+            away, where those of every save are kept).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.

@@ -150,6 +150,7 @@ class Guard(_Block):
         self._state: Literal["new", "entered", "left"] = "new"
         self._pairs: list[tuple[Any, int]] = []
         self._sees_every_call = False
+        self._sees_stashes = False
         self._thread = 0
 
     def __repr__(self) -> str:
@@ -183,7 +184,10 @@ class Guard(_Block):
             if everywhere:
                 self.cover_this_thread()
             else:
-                self._pairs.append((_hooks.push(), self._thread))
+                self._pairs.append((_hooks.push(self.audits), self._thread))
+            if self.audits:
+                _intercept.see_stashes()
+                self._sees_stashes = True
             if self.every_call:
                 _intercept.see_every_call()
                 self._sees_every_call = True
@@ -200,7 +204,7 @@ class Guard(_Block):
 
     def cover_this_thread(self) -> None:
         """Watch what this thread saves, from now on. (Called by torchguard.)"""
-        self._pairs.append((_hooks.push(), threading.get_ident()))
+        self._pairs.append((_hooks.push(self.audits), threading.get_ident()))
 
     def leave(self) -> None:
         """Leave, as at the end of the block."""
@@ -215,6 +219,9 @@ class Guard(_Block):
         if self._sees_every_call and self._thread == threading.get_ident():
             _intercept.see_patched_calls()
             self._sees_every_call = False
+        if self._sees_stashes:
+            _intercept.leave_stashes()
+            self._sees_stashes = False
         everywhere = self in _policy.process_wide  # whoever switched it on sums up
         while self._pairs:
             pair, thread = self._pairs.pop()
@@ -255,6 +262,11 @@ class Guard(_Block):
     def repairs(self) -> bool:
         """Whether backward is given what was saved. (Asked by torchguard.)"""
         return self.action == "repair"
+
+    @property
+    def audits(self) -> bool:
+        """Whether the bytes of every save are kept. (Asked by torchguard.)"""
+        return self.depth == "bytes"
 
     def heal(self, violation: Violation) -> bool:
         """Answer a violation that is repaired, unless it is one to live with. (Called by torchguard.)"""
@@ -336,6 +348,22 @@ def repair(*, at: Moment | None = None, every_call: bool = True, suppressions: S
         suppressions: see :class:`Guard`; what they speak of is not repaired.
     """
     return Guard("repair", at, every_call=every_call, suppressions=suppressions)
+
+
+def audit(*, at: Moment | None = None, every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+    """:func:`strict`, and the bytes of every save are kept and compared when backward reads it.
+
+    So writes are noticed that no Python sees: those of Triton, C++ and ctypes code through ``data_ptr()``, of custom
+    operators that do not say what they write to, of other processes, and those to tensors that a Function stashed as
+    ``ctx.x = x``. Takes the memory of everything that is saved once more. On a GPU the comparisons are asked for once,
+    when backward ends; while a CUDA graph is captured nothing is copied or compared.
+
+    Args:
+        at: see :class:`Guard`.
+        every_call: see :class:`Guard`.
+        suppressions: see :class:`Guard`.
+    """
+    return Guard("raise", at, "bytes", every_call, suppressions)
 
 
 _NEEDS_REASON = 'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
