@@ -7,6 +7,7 @@ then is a number a save, and where it was saved; not the save.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,15 +43,14 @@ class _Questions:
 _by_backward: WeakValueDictionary[int, _Questions] = WeakValueDictionary()
 
 
-def put_off(save: Save, kind: Kind, read: _places.Instruction) -> bool:
+def put_off(save: Save, kind: Kind) -> bool:
     """Compare a save with the copy that was made of it, and ask for the result when backward ends.
 
     Returns whether that is so; otherwise it has to be compared here and now.
     """
     remarks = save.remark()
-    device = save.tensor.device.type
     guard = _verdict.in_charge(save)
-    if device in SYNCHRONOUS or guard is None or guard.repairs or _policy.state.reasons:
+    if guard is None or guard.repairs or _policy.state.reasons:
         return False
     if _torch.is_capturing(save.tensor):
         return True  # nobody may ask now, or whenever the graph is replayed
@@ -66,7 +66,7 @@ def put_off(save: Save, kind: Kind, read: _places.Instruction) -> bool:
         if [part.shape for part in then] != [part.shape for part in now]:
             return False
         changed = [_memory.differing_elements(a, b).sum() for a, b in zip(now, then, strict=True)]
-    questions.asked.append(_Question(torch.stack(changed).sum(), _describer(save, kind, read), guard))
+    questions.asked.append(_Question(torch.stack(changed).sum(), _describer(save, kind), guard))
     return True
 
 
@@ -95,7 +95,7 @@ def _settle(questions: _Questions) -> None:
                 question.guard.respond(question.describe(count))
 
 
-def _describer(save: Save, kind: Kind, read: _places.Instruction) -> Callable[[int], Violation]:
+def _describer(save: Save, kind: Kind) -> Callable[[int], Violation]:
     """What is to be said of a save, without the save."""
     trace = Save.__new__(Save)
     trace.code, trace.offset, trace.inner_code, trace.inner_offset = (
@@ -105,6 +105,7 @@ def _describer(save: Save, kind: Kind, read: _places.Instruction) -> Callable[[i
         save.inner_offset,
     )
     trace.node = save.node
+    read = _places.user_instruction(sys._getframe(1))
     known = _memory.describe(save.tensor)
     size = _torch.behind(save.tensor).numel()
     thread = threading.current_thread().name

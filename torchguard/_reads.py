@@ -15,7 +15,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
 from torchguard._aliases import ALIASES, AliasRecord
-from torchguard._audit import put_off
+from torchguard._audit import SYNCHRONOUS, put_off
 from torchguard._exports import EXPORTS, Export
 from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, Save
@@ -115,7 +115,7 @@ def _examine(save: Save) -> torch.Tensor | None:
     refused = save.moved and not remarks.stashed  # PyTorch would, and the guard in charge repairs
     if remarks.audited and remarks.writer is None and remarks.suspect is None and not (rebound or refused):
         kind_if_changed: Kind = "stashed" if remarks.stashed else "exported" if remarks.exports else "invisible"
-        if is_unused(save) or put_off(save, kind_if_changed, _places.user_instruction(sys._getframe(1))):
+        if save.tensor.device.type not in SYNCHRONOUS and (is_unused(save) or put_off(save, kind_if_changed)):
             return None
     seen = rebound or remarks.compare or remarks.suspect is not None
     if not seen and not refused and (not remarks.exports or remarks.proof is None):

@@ -111,6 +111,7 @@ The bytes of the saved tensor are not what they were, and no call that writes wa
 torchguard, backward() would finish with wrong gradients and no error.""",
         "write after backward(), or to a clone(); a custom operator must name what it writes to in mutates_args",
         seen=False,
+        verb="has corrupted a tensor saved for backward",
         unknown_writer="between save and read: a kernel or C++ code through data_ptr(), a custom operator, a process",
     ),
     "tracked": _Wording(
