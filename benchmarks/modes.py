@@ -26,4 +26,9 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "strict": torchguard.strict,
     "warn": torchguard.warn,
     "strict, every call": lambda: torchguard.strict(every_call=True),
+    "strict, at the read": lambda: torchguard.strict(at="read"),
+    "repair": torchguard.repair,
+    "repair, patches alone": lambda: torchguard.repair(every_call=False),
+    "audit": torchguard.audit,
+    "allow_mutation_on_saved_tensors": torch.autograd.graph.allow_mutation_on_saved_tensors,
 }

@@ -557,7 +557,15 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
         "repair": "raises",
         "audit": "raises",
     },
-    "corrupting, by a write that no Python sees": {
+    "corrupting, through a raw pointer": {
+        "strict": "silent",
+        'strict(at="read")': "silent",
+        "warn": "silent",
+        'warn(at="read")': "silent",
+        "repair": "repairs",
+        "audit": "raises",
+    },
+    "corrupting, of what a Function stashed on its ctx": {
         "strict": "silent",
         'strict(at="read")': "silent",
         "warn": "silent",
@@ -614,7 +622,8 @@ def row_of(case: Program) -> str:
         return "innocent, or allowed"
     if case.kind == "corrupting":
         if case.only_audit:
-            return "corrupting, by a write that no Python sees"
+            pointer = case.can_be_repaired
+            return f"corrupting, {'through a raw pointer' if pointer else 'of what a Function stashed on its ctx'}"
         return "corrupting" if case.can_be_repaired else "corrupting, what was saved is not to be had"
     if case.kind == "unread":
         return "written to, and read in vain" if case.read_in_vain else "written to, and never read"
@@ -816,7 +825,7 @@ class _Told:
         if violation.kind == "recompute" and violation.operation:
             assert written is not None
             assert any(_lies_in(written, writer) for writer in self.outcome.writers), f"{self.case}: {written}"
-        left_to_the_read = self.mode.at_read and self.case.caught == "write"
+        left_to_the_read = self.mode.at_read and self.case.caught == "write" and not self.case.only_audit
         if left_to_the_read and violation.kind in ("write", "uncounted"):
             difference = violation.largest_difference
             assert difference is not None, f"{self.case}: by how much?\n{violation}"

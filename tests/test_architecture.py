@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads", "_saves",
         "_stashes", "_storages", "_torch", "_writers", "_writes",
     },
-    "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
+    "_interchange": {"_exports", "_memory", "_model", "_places", "_policy", "_saves", "_torch", "_writes"},
     "_ledger": set(),
     "_memory": {"_model", "_torch"},
     "_model": set(),

@@ -607,26 +607,31 @@ def _restore() -> None:
         patch.restore()
 
 
-_stash_patch = _Patch(torch.autograd.Function, "apply", _stashes.APPLY)
-_auditing = 0
+class _WhileAsked:
+    """A patch that only some guards need."""
+
+    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
+        self._patch = _Patch(owner, name, replacement)
+        self._count = 0
+
+    def begin(self) -> None:
+        """Patch; the second and later calls only count."""
+        with _lock:
+            if self._count == 0:
+                self._patch.install()
+            self._count += 1
+
+    def end(self) -> None:
+        """Undo :meth:`begin`; the last call restores what was there."""
+        with _lock:
+            self._count -= 1
+            if self._count == 0:
+                self._patch.restore()
 
 
-def see_stashes() -> None:
-    """See what custom Functions stash, until as many :func:`leave_stashes`."""
-    global _auditing
-    with _lock:
-        if _auditing == 0:
-            _stash_patch.install()
-        _auditing += 1
-
-
-def leave_stashes() -> None:
-    """Take back :func:`see_stashes`."""
-    global _auditing
-    with _lock:
-        _auditing -= 1
-        if _auditing == 0:
-            _stash_patch.restore()
+#: See what custom Functions stash (for audit), and whom addresses are told (for repair).
+STASHES = _WhileAsked(torch.autograd.Function, "apply", _stashes.APPLY)
+POINTERS = _WhileAsked(torch.Tensor, "data_ptr", _Routed(torch.Tensor.data_ptr, _interchange.to_pointer))
 
 
 def see_every_call() -> None:

@@ -276,8 +276,27 @@ def touched_elements(mask: torch.Tensor, address: int, span: Span) -> int:
     return int(elements.any(-1).sum())
 
 
+#: An integer type of the same size: what is equal as integers has the same bits.
+_WORDS = {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.complex64: torch.int64,
+    torch.int64: torch.int64,
+    torch.int32: torch.int32,
+}
+
+
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one dtype and shape hold the same bits (NaNs and signs of zero count)."""
+    word = _WORDS.get(a.dtype) if type(a) in PLAIN_TYPES and not _torch.any_mode_active() else None
+    if word is not None and not (a.is_conj() or a.is_neg() or b.is_conj() or b.is_neg()):
+        # The same, at a third of the time: audit() asks at every read.
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        with torch.no_grad():
+            return bool(torch.equal(a.detach().view(word), b.view(word)))
     with _torch.hidden():
         a, b = _torch.behind(a), _torch.behind(b)
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:

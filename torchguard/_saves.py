@@ -187,6 +187,16 @@ class Save:
     def keep_contents(self) -> None:
         """Keep a copy of what is saved, whatever its layout, and compare when backward reads."""
         remarks = self.remark()
+        tensor = self.tensor
+        plain = type(tensor) in _memory.PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_nested
+        if plain and not tensor.is_quantized and not _torch.any_mode_active():
+            # The same, at a third of the time: audit() does it for every save.
+            if not tensor.numel() or not _torch.storage_address(tensor) or _torch.is_capturing(tensor):
+                return
+            with torch.no_grad():
+                remarks.proof = tensor.detach().clone()
+            remarks.audited = remarks.compare = True
+            return
         with _torch.hidden():
             if _torch.is_capturing(self.tensor):
                 return  # the copy would be made again with every replay

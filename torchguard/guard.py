@@ -150,7 +150,7 @@ class Guard(_Block):
         self._state: Literal["new", "entered", "left"] = "new"
         self._pairs: list[tuple[Any, int]] = []
         self._sees_every_call = False
-        self._sees_stashes = False
+        self._patches: list[Any] = []
         self._thread = 0
 
     def __repr__(self) -> str:
@@ -185,9 +185,10 @@ class Guard(_Block):
                 self.cover_this_thread()
             else:
                 self._pairs.append((_hooks.push(self.audits), self._thread))
-            if self.audits:
-                _intercept.see_stashes()
-                self._sees_stashes = True
+            for needed, patch in ((self.audits, _intercept.STASHES), (self.repairs, _intercept.POINTERS)):
+                if needed:
+                    patch.begin()
+                    self._patches.append(patch)
             if self.every_call:
                 _intercept.see_every_call()
                 self._sees_every_call = True
@@ -219,9 +220,8 @@ class Guard(_Block):
         if self._sees_every_call and self._thread == threading.get_ident():
             _intercept.see_patched_calls()
             self._sees_every_call = False
-        if self._sees_stashes:
-            _intercept.leave_stashes()
-            self._sees_stashes = False
+        while self._patches:
+            self._patches.pop().end()
         everywhere = self in _policy.process_wide  # whoever switched it on sums up
         while self._pairs:
             pair, thread = self._pairs.pop()

@@ -140,5 +140,13 @@ def _stash(write: Callable[[torch.Tensor, torch.Tensor], Any], before: bool) -> 
 
 for _how, _change in STASHED.items():
     _name = f"ctx_stash_{_how}"
-    add(_stash(_change, True), name=_name, route=ROUTE, kind="corrupting", only_audit=True, hooks=False)
+    add(
+        _stash(_change, True),
+        name=_name,
+        route=ROUTE,
+        kind="corrupting",
+        only_audit=True,
+        repairable=False,
+        hooks=False,
+    )
     add(_stash(_change, False), name=f"{_name}_after", route=ROUTE, kind="innocent", twin_of=_name, hooks=False)
