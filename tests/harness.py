@@ -616,6 +616,14 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
 }
 
 
+def table_of_verdicts() -> str:
+    """:data:`VERDICTS` as docs/choosing.md shows it."""
+    columns = list(next(iter(VERDICTS.values())))
+    rows = [f"| {name} | {' | '.join(row[column] for column in columns)} |" for name, row in VERDICTS.items()]
+    head = f"| a program that is | {' | '.join(f'`{column}`' for column in columns)} |"
+    return "\n".join([head, "|---" * (len(columns) + 1) + "|", *rows])
+
+
 def row_of(case: Program) -> str:
     """The row of :data:`VERDICTS` that a program stands in."""
     if case.kind == "innocent" or case.allowed:

@@ -334,7 +334,7 @@ def test_repair_with_the_bytes_of_every_save_repairs_what_no_python_sees() -> No
         x = torch.rand(4, requires_grad=True)
         y = x.exp()
         truth = y.detach().clone()
-        poke(y)
+        ctypes.memset(_torch.storage_address(y), 0x3C, 4)
         y.sum().backward()
     assert torch.equal(x.grad, truth)  # type: ignore[arg-type]
     assert [violation.kind for violation in guard.violations] == ["invisible"]
