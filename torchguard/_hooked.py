@@ -120,7 +120,8 @@ class HookedSave(Save):
             # What was copied at the save may not have been filled yet (the noise of an RReLU).
             remarks.proof = None
         reasons = _policy.state.reasons
-        if not remarks.compare or self.reason is not None:
+        first = not remarks.compare or (remarks.audited and remarks.writer is None)
+        if first or self.reason is not None:
             self.reason = reasons[-1] if reasons else None
         super().let_bytes_decide(kind, operation, here, aliased)
 
