@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench compare probe clean
+.PHONY: help demo test lint format docs gallery bench instructions compare probe fuzz sweep soak clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -28,14 +28,32 @@ format: $(VENV)/installed-dev ## let ruff format and fix what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed-dev ## how much slower each workload is under the guard (ARGS="--device cuda")
+docs: $(VENV)/installed-dev ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+
+gallery: $(VENV)/installed-dev ## run the scripts of the gallery and write docs/gallery.md (ARGS=--check)
+	@$(BIN)/python tools/gallery.py $(ARGS)
+
+bench: $(VENV)/installed-dev ## how much slower each workload is under the guard, in a quarter of an hour (ARGS="--device cuda")
 	$(BIN)/python -m benchmarks.ratios $(ARGS)
+
+instructions: $(VENV)/installed-dev ## have the hot paths grown? (ARGS=--callgrind counts the processor's instructions, too)
+	$(BIN)/python -m benchmarks.instructions $(ARGS)
 
 compare: $(VENV)/installed-dev ## how many programs of the catalogue PyTorch's own tools and the guard catch
 	@$(BIN)/python tools/compare.py $(ARGS)
 
 probe: $(VENV)/installed-dev ## run every writer of torch and write down which move no version counter (ARGS=--check)
 	@$(BIN)/python tools/probe_counters.py $(ARGS)
+
+fuzz: $(VENV)/installed-dev ## programs that nobody wrote, for 10 minutes (ARGS="--minutes 60 --seed 1 --keep DIR")
+	@$(BIN)/python tools/fuzz.py $(ARGS)
+
+sweep: $(VENV)/installed-dev ## every operator of PyTorch's database, written to between forward and backward (ARGS="--only exp")
+	@$(BIN)/python tools/sweep.py $(ARGS)
+
+soak: $(VENV)/installed-dev ## an hour of training, threads and guards that come and go (ARGS="--minutes 5")
+	@$(BIN)/python tools/soak.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

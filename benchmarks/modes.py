@@ -1,4 +1,7 @@
-"""Under what do the benchmarks run a workload? Nothing, PyTorch's own tools, and torchguard."""
+"""Under what do the benchmarks run a workload? Nothing, PyTorch's own tools, and torchguard.
+
+Modes that this torchguard does not have (yet) are left out, with the reason in ``ABSENT``.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchguard
+
+Mode = Callable[[], AbstractContextManager[Any]]
 
 
 def _identity() -> AbstractContextManager[Any]:
@@ -20,7 +26,14 @@ def _identity() -> AbstractContextManager[Any]:
     return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
 
 
-MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+class _Empty(TorchDispatchMode):
+    """Sees every operator and does nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+MODES: dict[str, Mode] = {
     "bare": contextlib.nullcontext,
     "identity hooks": _identity,
     "strict": torchguard.strict,
@@ -32,3 +45,34 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "audit": torchguard.audit,
     "allow_mutation_on_saved_tensors": torch.autograd.graph.allow_mutation_on_saved_tensors,
 }
+
+#: What is not measured, and why.
+ABSENT: dict[str, str] = {}
+
+
+def _add_if_there() -> None:
+    later: dict[str, Mode] = {"strict, at read": lambda: torchguard.strict(at="read")}  # type: ignore[arg-type,unused-ignore]
+    for name in ("repair", "watch", "audit"):
+        make = getattr(torchguard, name, None)
+        if make is None:
+            ABSENT[name] = f"this torchguard has no {name}()"
+        else:
+            later[name] = make
+    for name, make in later.items():
+        try:
+            make()
+        except (TypeError, ValueError) as error:
+            ABSENT[name] = str(error)
+        else:
+            MODES[name] = make
+
+
+_add_if_there()
+
+MODES.update(
+    {
+        "allow_mutation": torch.autograd.graph.allow_mutation_on_saved_tensors,
+        "detect_anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+        "empty dispatch mode": _Empty,
+    }
+)

@@ -288,7 +288,11 @@ def _memory_of(tensors: Iterable[torch.Tensor]) -> dict[int, bytes]:
         for tensor in tensors:
             while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                 tensor = torch._C._functorch.get_unwrapped(tensor)
-            if tensor.layout == torch.strided and tensor.device.type == "cpu":
+            if (
+                tensor.layout == torch.strided
+                and tensor.device.type == "cpu"
+                and not hasattr(tensor, "__tensor_flatten__")
+            ):
                 storage = tensor.untyped_storage()
                 found[storage.data_ptr()] = ctypes.string_at(storage.data_ptr(), storage.nbytes())
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torchguard
 
@@ -96,6 +98,17 @@ def python(
         os.killpg(process.pid, signal.SIGKILL)  # with its own children
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def reported(path: Path) -> list[dict[str, Any]]:
+    """The records of a report in JSON lines that tell of a violation."""
+    records = map(json.loads, path.read_text().splitlines())
+    return [record for record in records if record["record"] == "violation"]
+
+
+def sources(path: Path) -> list[str]:
+    """The lines that wrote, as a report has them."""
+    return [record["violation"]["written"]["source"] for record in reported(path)]
 
 
 def summary(done: subprocess.CompletedProcess[str]) -> list[str]:

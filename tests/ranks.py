@@ -467,6 +467,34 @@ def fsdp2_copies_of_shards_written(write: Any) -> Any:
     return _weights_halved(write, sharded(), lambda t: t.data.clone())
 
 
+def _parallel_weights(write: Any, change: Callable[[list[torch.Tensor]], Any]) -> Any:
+    net = tensor_parallel()
+    loss = net(batches()[0]).pow(2).mean()
+    write(lambda: change(list(net.parameters())))
+    loss.backward()
+    return [p.grad.to_local() for p in net.parameters()]  # type: ignore[union-attr]
+
+
+def _foreach_halve(tensors: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        torch._foreach_mul_(tensors, 0.5)
+
+
+@model
+def tensor_parallel_weights_written(write: Any) -> Any:
+    return _parallel_weights(write, lambda weights: [p.data.mul_(0.5) for p in weights])
+
+
+@model
+def tensor_parallel_weights_written_by_foreach(write: Any) -> Any:
+    return _parallel_weights(write, _foreach_halve)
+
+
+@model
+def tensor_parallel_copies_of_weights_written(write: Any) -> Any:
+    return _parallel_weights(write, lambda weights: _foreach_halve([p.detach().clone() for p in weights]))
+
+
 @model
 def ddp_weights_written(write: Any) -> Any:
     return _weights_halved(write, replicated(), lambda t: t.data)

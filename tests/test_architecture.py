@@ -16,11 +16,12 @@ PACKAGE = Path(torchguard.__file__).parent
 #: module uses any more is to be taken out.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_switch", "_violation", "guard"},
-    "__main__": {"_config", "_switch", "_tracebacks"},
-    "_aliases": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "__main__": {"_config", "_suppressions", "_switch", "_tracebacks"},
+    "_aliases": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_audit": {"_memory", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation"},
     "_collectives": {
-        "_aliases", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers", "_writes",
+        "_aliases", "_counts", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers",
+        "_writes",
     },
     "_compiled": {
         "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers",
@@ -28,14 +29,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_config": set(),
     "_counterless": set(),
+    "_counts": set(),
     "_demo": set(),
-    "_exports": {"_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_exports": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_findings": {"_torch", "_violation"},
     "_fingerprint": {"_memory", "_torch"},
     "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_hooked": {
-        "_aliases", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch", "_verdict",
-        "_violation",
+        "_aliases", "_exports", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch",
+        "_verdict", "_violation",
     },
     "_hooks": {"_functorch", "_hooked", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
@@ -45,58 +47,80 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_policy", "_saves", "_torch", "_writes"},
     "_ledger": set(),
-    "_memory": {"_model", "_torch"},
+    "_memory": {"_counts", "_model", "_torch"},
     "_model": set(),
     "_overlap": {"_model"},
-    "_places": {"_model"},
-    "_plain_report": {"_violation"},
+    "_places": {"_model", "_torch"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
+    "_progress": {"guard"},
     "_reads": {
-        "_aliases", "_audit", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves", "_torch",
-        "_verdict", "_violation",
+        "_aliases", "_audit", "_counts", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves",
+        "_torch", "_verdict", "_violation",
     },
     "_recompute": {
         "_memory", "_places", "_policy", "_replay", "_rereads", "_torch", "_verdict", "_violation", "_writers",
     },
     "_refusal": {"_torch"},
-    "_replay": {"_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
-    "_rereads": {"_aliases", "_memory", "_places", "_policy", "_saves"},
+    "_replay": {"_counts", "_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
+    "_report": {"_report._merging", "_report._records", "_report._writer"},
+    "_report._files": {"_config", "_report._page", "_report._records", "_report._sarif"},
+    "_report._highlight": set(),
+    "_report._merging": {"_report._files", "_report._records"},
+    "_report._page": {"_report._highlight", "_report._records"},
+    "_report._records": {"_model", "_violation"},
+    "_report._sarif": {"_report._records"},
+    "_report._source": set(),
+    "_report._writer": {"_report._files", "_report._records", "_report._source", "_violation"},
+    "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves"},
     "_saves": {
-        "_aliases", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch", "_violation",
+        "_aliases", "_counts", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch",
+        "_violation",
     },
     "_stashes": {"_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_writers"},
+    "_stats": {"_counts", "_saves", "_torch"},
     "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
     "_suppressions": {"_violation"},
-    "_switch": {"_config", "_findings", "_plain_report", "_policy", "_suppressions", "_violation", "guard"},
+    "_switch": {"_config", "_findings", "_policy", "_progress", "_report", "_suppressions", "_violation", "guard"},
     "_torch": set(),
     "_tracebacks": {"_violation"},
     "_verdict": {"_memory", "_places", "_policy", "_saves", "_torch", "_violation"},
     "_violation": {"_model"},
     "_writers": {"_counterless", "_torch"},
     "_writes": {
-        "_aliases", "_memory", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch", "_verdict",
-        "_violation", "_writers",
+        "_aliases", "_counts", "_memory", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch",
+        "_verdict", "_violation", "_writers",
     },
-    "guard": {"_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_suppressions", "_violation"},
-    "pytest_plugin": {
-        "_config", "_model", "_plain_report", "_suppressions", "_switch", "_tracebacks", "_violation", "guard",
+    "guard": {
+        "_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_stats", "_suppressions", "_violation",
     },
+    "integrations": set(),
+    "integrations._callback": {"_config", "_findings", "_violation", "guard"},
+    "integrations.lightning": {"integrations._callback"},
+    "integrations.transformers": {"integrations._callback"},
+    "pytest_plugin": {"_config", "_model", "_report", "_suppressions", "_switch", "_tracebacks", "_violation", "guard"},
 }  # fmt: skip
 
 #: These know plain values only: they are tested without a tensor.
 WITHOUT_TORCH = {
-    "__init__", "__main__", "_config", "_demo", "_findings", "_ledger", "_model", "_overlap", "_plain_report", "_policy",
-    "_suppressions", "_switch", "_tracebacks", "_violation", "guard", "pytest_plugin",
-}  # fmt: skip
+    "__init__", "__main__", "_config", "_counts", "_demo", "_findings", "_ledger", "_model", "_overlap", "_policy",
+    "_progress", "_stats", "_suppressions", "_switch", "_tracebacks", "_violation", "guard", "integrations",
+    "integrations._callback", "integrations.lightning", "integrations.transformers", "pytest_plugin",
+} | {name for name in MAY_IMPORT if name.startswith("_report")}  # fmt: skip
 
 #: What may be imported from outside, beside the standard library.
 MAY_IMPORT_WRAPT = {"_intercept"}
 MAY_IMPORT_PYTEST = {"pytest_plugin"}
+MAY_IMPORT_JINJA = {"_report._page"}  # torch brings it
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-TREES = {name: ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES}
+#: Modules by their name inside the package: ``_report._files``; a package inside it is known by its own name.
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+MODULES = sorted(FILES)
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
 def imports(tree: ast.AST, type_checking: bool = True) -> set[str]:
@@ -115,15 +139,19 @@ def imports(tree: ast.AST, type_checking: bool = True) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             assert node.module is not None
-            if node.module == "torchguard":
-                found |= {f"torchguard.{alias.name}" for alias in node.names}
-            else:
-                found.add(node.module)
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                module = node.module == "torchguard" or inner.removeprefix("torchguard.") in FILES
+                found.add(inner if module else node.module)
     return found
 
 
 def ours(name: str, type_checking: bool = True) -> set[str]:
-    return {dotted.split(".")[1] for dotted in imports(TREES[name], type_checking) if dotted.startswith("torchguard.")}
+    return {
+        dotted.removeprefix("torchguard.")
+        for dotted in imports(TREES[name], type_checking)
+        if dotted.startswith("torchguard.")
+    }
 
 
 def test_the_table_has_every_module() -> None:
@@ -174,6 +202,8 @@ def test_only_the_standard_library_torch_and_wrapt_are_imported() -> None:
             root = dotted.split(".")[0]
             if root == "wrapt":
                 assert name in MAY_IMPORT_WRAPT
+            elif root == "jinja2":
+                assert name in MAY_IMPORT_JINJA
             elif root == "pytest":
                 assert name in MAY_IMPORT_PYTEST
             else:
@@ -240,7 +270,10 @@ def test_private_names_of_our_own_modules_stay_in_them(name: str) -> None:
         if len(names) > 1 and names[0] in MAY_IMPORT and is_private(names[1]):
             found.append(f"line {node.lineno}: {'.'.join(names)}")
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torchguard."):
-            found += [f"line {node.lineno}: {alias.name}" for alias in node.names if is_private(alias.name)]
+            inside = [
+                alias.name for alias in node.names if f"{node.module}.{alias.name}"[len("torchguard.") :] not in FILES
+            ]
+            found += [f"line {node.lineno}: {inner}" for inner in inside if is_private(inner)]
     assert found == []
 
 

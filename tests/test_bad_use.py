@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import torchguard
-from torchguard import Guard, SavedTensorCorruptionError, allow, strict, warn
+from torchguard import Guard, SavedTensorCorruptionError, Violation, allow, strict, warn
 
 
 def entered_twice() -> None:
@@ -120,6 +120,16 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: strict()(3),  # type: ignore[type-var]
         TypeError,
         "torchguard: guard() decorates functions, not 3",
+    ),
+    "a class decorated": (
+        lambda: strict()(Violation),
+        TypeError,
+        "torchguard: guard() decorates functions, not the class Violation: decorate the methods that are to be watched",
+    ),
+    "suppressions that are a number": (
+        lambda: strict(suppressions=3),  # type: ignore[arg-type]
+        ValueError,
+        "torchguard: suppressions: the path of a file, or lines of text, and not 3",
     ),
     "a string decorated with allow": (
         lambda: allow("why")("nothing"),  # type: ignore[type-var]

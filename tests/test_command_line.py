@@ -100,7 +100,11 @@ def test_a_module_s_traceback_is_python_s(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_is_an_interrupt(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "program.py").write_text(
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
     assert same(["program.py"], tmp_path).returncode == -signal.SIGINT
 
 
@@ -119,6 +123,21 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("where", ["pyproject.toml", "TORCHGUARD"])
+def test_a_mode_that_does_not_exist_is_not_taken_for_off(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.py").write_text("raise AssertionError('run unguarded')\n")
+    (tmp_path / "pyproject.toml").write_text("[tool.torchguard]\nmode = 'strcit'\n" if where != "TORCHGUARD" else "")
+    monkeypatch.chdir(tmp_path)
+    if where == "TORCHGUARD":
+        monkeypatch.setenv("TORCHGUARD", "strcit")
+    else:
+        monkeypatch.delenv("TORCHGUARD", raising=False)
+    assert command_line.main(["x.py"]) == 2
+    assert "'strcit' is not a mode of this version; did you mean 'strict'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -126,6 +145,7 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
         (["--mode", "repair,", "x.py"], "--mode='repair,' is not a mode of this version"),
         (["--exitcode", "x", "x.py"], "--exitcode='x' is not a number from 0 to 255"),
         (["--reprot", "r", "x.py"], "unknown option '--reprot'; did you mean '--report'?"),
+        (["--suppressions", "nope.txt", "x.py"], "nope.txt: No such file or directory"),
         (["--mode"], "argument --mode: expected one argument"),
         ([], "say which program to run"),
         (["-m"], "say which program to run"),

@@ -36,7 +36,7 @@ def of_environment(**variables: str) -> tuple[Config, list[str]]:
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "mode": ("strict", "warn", "off"),
-    "report": ("/a", "/b", "/c"),
+    "report": ("/a.txt", "/b.html", "/c.jsonl"),
     "exitcode": (1, 2, 3),
     "max_reports": (1, 2, 3),
     "suppressions": ("/a", "/b", "/c"),
@@ -54,9 +54,9 @@ def test_the_first_layer_that_names_an_option_wins(option: str) -> None:
 
 def test_layers_are_merged_option_by_option() -> None:
     config = resolved(
-        Layer("", {"mode": "warn"}), Layer("", {"mode": "strict", "exitcode": 3}), Layer("", {"report": "/r"})
+        Layer("", {"mode": "warn"}), Layer("", {"mode": "strict", "exitcode": 3}), Layer("", {"report": "/r.txt"})
     )
-    assert (config.mode, config.exitcode, config.report) == ("warn", 3, "/r")
+    assert (config.mode, config.exitcode, config.report) == ("warn", 3, "/r.txt")
 
 
 def test_the_configuration_is_frozen() -> None:
@@ -126,6 +126,14 @@ ALL_MODES = ", ".join(("off", *_config.MODES))
         ({"at": "never"}, "X: at='never' is not a moment of this version"),
         ({"report": 3}, "X: report=3 is not a path; ignored"),
         ({"report": ""}, "X: report='' is not a path; ignored"),
+        (
+            {"report": "r.jsno"},
+            "X: report='r.jsno' does not say by its ending what kind of report to write; did you mean '.json'?",
+        ),
+        (
+            {"report": "out"},
+            "X: report='out' does not say by its ending what kind of report to write (.jsonl, .json, .sarif",
+        ),
         ({"suppressions": [1]}, "X: suppressions=[1] is not a list of lines; ignored"),
     ],
 )

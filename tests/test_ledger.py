@@ -484,3 +484,107 @@ def test_a_child_forked_while_another_thread_holds_the_lock_goes_on() -> None:
     done.set()
     thread.join()
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+# ---- parts of a storage --------------------------------------------------------------------------------------
+
+
+class Part(Entry):
+    """An entry that occupies a part of its storage, or (None) whichever."""
+
+    def __init__(self, reach: tuple[int, int] | None) -> None:
+        super().__init__(1)
+        self.reach = reach
+
+
+def of_parts() -> Ledger[Part]:
+    return Ledger(lambda entry: None, reach_of=lambda entry: entry.reach)
+
+
+stretches = st.tuples(st.integers(0, 4000), st.integers(0, 600)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("save"), st.none() | stretches),
+            st.tuples(st.just("many"), stretches),
+            st.tuples(st.just("die"), st.integers(0, 10**6)),
+            st.tuples(st.just("newest dies"), st.none()),
+            st.tuples(st.just("write"), stretches),
+            st.tuples(st.just("any"), st.none()),
+            st.tuples(st.just("elsewhere"), stretches),
+        ),
+        max_size=60,
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_near_finds_what_a_search_through_all_entries_finds(steps: list[Any]) -> None:
+    ledger, alive = of_parts(), list[Part]()
+    for what, value in steps:
+        if what == "save":
+            alive.append(Part(value))
+            ledger.add(alive[-1])
+        elif what == "many":
+            for n in range(50):
+                alive.append(Part((value[0] + 13 * n, value[1] + 13 * n)))
+                ledger.add(alive[-1])
+        elif what == "die" and alive:
+            del alive[value % len(alive)]
+        elif what == "newest dies" and alive:
+            alive.pop()
+        elif what == "elsewhere" and alive:
+            alive[0].reach = value
+            ledger.lies_elsewhere(1)
+        elif what == "any":
+            assert ledger.any_in_storage(1) == bool(alive)
+        elif what == "write":
+            low, high = value
+            found = ledger.near(1, low, high)
+            assert len(set(map(id, found))) == len(found)
+            must = {
+                id(entry)
+                for entry in alive
+                if entry.reach is None or max(low, entry.reach[0]) < min(high, entry.reach[1])
+            }
+            assert must <= {id(entry) for entry in found} <= {id(entry) for entry in alive}
+            if len(alive) > 200:
+                assert {id(entry) for entry in found} == must
+            del found  # it keeps them alive
+
+
+def test_a_write_to_a_part_of_a_storage_takes_the_same_steps_however_many_saves_lie_in_it() -> None:
+    steps = []
+    for saves in (100, 20_000):
+        ledger = of_parts()
+        alive = [Part((64 * n, 64 * n + 64)) for n in range(saves)]
+        for entry in alive:
+            ledger.add(entry)
+        ledger.near(1, 0, 64)  # draws the index
+
+        def save_and_write(ledger: Ledger[Part] = ledger, saves: int = saves) -> None:
+            newest = Part((32 * saves, 32 * saves + 8))
+            ledger.add(newest)
+            assert newest in ledger.near(1, 32 * saves, 32 * saves + 64)
+            del newest
+            assert len(ledger.near(1, 32 * saves, 32 * saves + 64)) == 1
+
+        steps.append(cost(save_and_write))
+        assert len(alive) == saves
+    few, many = steps
+    assert 0 < many <= few + 200
+
+
+def test_saves_that_come_and_go_over_many_that_stay_leave_a_bounded_index() -> None:
+    ledger = of_parts()
+    stay = [Part((64 * n, 64 * n + 64)) for n in range(200)]
+    for entry in stay:
+        ledger.add(entry)
+    most = 0
+    for n in range(5_000):
+        ledger.add(passing := Part((64 * (n % 200), 64 * (n % 200) + n % 7)))
+        ledger.near(1, 0, 64)
+        most = max(most, kept_by(ledger))
+        del passing
+    assert most < 3_000
+    assert len(ledger.in_storage(1)) == len(stay)

@@ -58,6 +58,22 @@ def raw_pointer(writes: bool, guard: Callable[[], Any]) -> list[torch.Tensor]:
         return _grad(w, out)
 
 
+def _halve(x: torch.Tensor) -> None:
+    x.data.mul_(0.5)
+
+
+def written_by_a_script(writes: bool, guard: Callable[[], Any]) -> list[torch.Tensor]:
+    w, h = _leaves()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        halve = torch.jit.script(_halve)
+    with guard():
+        out = w * h
+        if writes:
+            halve(h)
+        return _grad(w, out)
+
+
 class _Stashes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -196,6 +212,7 @@ def descriptor_called_by_hand(writes: bool, guard: Callable[[], Any]) -> list[to
 NOT_WATCHED: dict[str, tuple[str, Program]] = {
     "saved before": ("Tensors saved before the guard was entered.", saved_before),
     "raw pointer": ("kernels and C++ code through raw pointers (`data_ptr()`)", raw_pointer),
+    "script": ("TorchScript that writes through a `.data` of its own", written_by_a_script),
     "stash": ("tensors that a Function stashed as `ctx.x = x` in eager mode", stashed),
     "data": ("through an alias that was made before the guard** (by `.data`,", _alias_from_before(lambda x: x.data)),
     "set_": ("`set_`,", _alias_from_before(lambda x: torch.empty(0).set_(x))),

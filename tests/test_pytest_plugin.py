@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from outside import CORRUPT, LINE, python
+from outside import CORRUPT, LINE, python, reported, sources
 
 from torchguard import _switch
 
@@ -344,8 +343,9 @@ def test_a_report_from_the_option_or_the_ini_file(run: Run, pytester: pytest.Pyt
     result = run(
         text, "--torchguard", "--torchguard-report=a.jsonl", pytest__ini="[pytest]\ntorchguard_report = b.jsonl\n"
     )
-    (record,) = map(json.loads, (pytester.path / "a.jsonl").read_text().splitlines())
-    assert record["written"]["source"] == "c.zero_()"
+    (record,) = reported(pytester.path / "a.jsonl")
+    assert record["violation"]["written"]["source"] == "c.zero_()"
+    assert record["hit"]["test"] == "test_it.py::test_it"
     assert not (pytester.path / "b.jsonl").exists()
     assert f"report: {pytester.path / 'a.jsonl'}" in section(result)
     run("", "--torchguard")
@@ -412,7 +412,49 @@ def test_xdist(tmp_path: Path) -> None:
     assert sum("(4 times)" in line for line in told) == 1
     assert told.count("    (outside tests)") == 1
     assert "s.txt:2 matches nothing any more, take it out: gone.py -- old" in told
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 3  # with the one that is suppressed
+    assert len({record["site"] for record in reported(tmp_path / "r.jsonl")}) == 3  # with the one that is suppressed
+    assert [path.name for path in tmp_path.glob("r.*")] == ["r.jsonl"], "the workers' are in it"
+
+
+CRASHING = """
+import os, pytest
+def test_before(): corrupt()
+def test_crash():
+    a = torch.ones(2, requires_grad=True).exp(); a.data.fill_(2)
+    os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1", "--max-worker-restart=0")], ids=["alone", "xdist"])
+def test_a_test_that_ends_the_process_loses_no_violation(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    (tmp_path / "test_it.py").write_text(CORRUPT + CRASHING)
+    options = ["--torchguard=warn", "--torchguard-report=r.html", "-W", "ignore", *workers]
+    done = python(["-m", "pytest", "-q", "-p", "no:cacheprovider", *options], cwd=tmp_path)
+    assert done.returncode == (1 if workers else 3), done.stdout + done.stderr
+    if not workers:
+        python(["-m", "torchguard", "merge", "r.html.jsonl", "-o", "r.html"], cwd=tmp_path)
+    python(["-m", "torchguard", "merge", "r.html", "-o", "all.jsonl"], cwd=tmp_path)
+    assert sorted(sources(tmp_path / "all.jsonl")) == [
+        "a = torch.ones(2, requires_grad=True).exp(); a.data.fill_(2)",
+        "c.zero_()",
+    ]
+    tests = [record["hit"]["test"] for record in reported(tmp_path / "all.jsonl")]
+    assert tests == ["test_it.py::test_before", "test_it.py::test_crash"]
+
+
+def test_a_report_that_cannot_be_written_fails_no_test(run: Run, pytester: pytest.Pytester) -> None:
+    (pytester.path / "file").write_text("")
+    result = run(
+        "def test_it():\n    corrupt()\n", "--torchguard=warn", "--torchguard-report=file/r.html", "-W", "ignore"
+    )
+    result.assert_outcomes(passed=1)
+    assert sum("the report cannot be written to" in line for line in section(result)) == 1
+
+
+def test_what_kind_of_report_is_meant_has_to_be_said(run: Run) -> None:
+    result = run("def test_it():\n    corrupt()\n", "--torchguard=warn", "--torchguard-report=r.htm", "-W", "ignore")
+    result.assert_outcomes(passed=1)
+    assert any("report='r.htm' does not say by its ending" in line for line in section(result))
 
 
 def test_the_variable_and_pytest(tmp_path: Path) -> None:

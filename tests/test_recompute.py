@@ -540,7 +540,7 @@ def test_a_write_that_was_not_seen(reentrant: bool) -> None:
             out.sum().backward()
     text = str(caught.value)
     assert text.startswith("a write has changed a tensor that a checkpoint reads again")
-    assert "written   (between forward and backward, by a call that is not patched" in text
+    assert "written   (between forward and backward, by code that is not patched" in text
     assert "out.sum().backward()     up to 4 of 4 elements" in text
 
 

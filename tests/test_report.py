@@ -371,12 +371,29 @@ def test_an_error_and_a_violation_can_be_copied_and_pickled() -> None:
     assert copy.deepcopy(error.value.violation) == error.value.violation
 
 
+def test_a_report_survives_what_load_state_dict_makes_of_an_error() -> None:
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    b.weight.data = a.weight.data
+    x = torch.ones(1, 2, requires_grad=True)
+    with strict():
+        out = a(x)
+        with pytest.raises(RuntimeError, match=r"would corrupt a tensor saved for backward"):
+            b.load_state_dict({name: value + 1 for name, value in b.state_dict().items()})
+    assert out.shape == (1, 2)
+
+
 def test_errors_and_warnings_are_of_the_right_kind() -> None:
     assert issubclass(SavedTensorCorruptionError, RuntimeError)
     assert issubclass(SavedTensorCorruptionWarning, UserWarning)
 
 
 ESCAPE = "\x1b["
+
+
+def test_a_traceback_shows_the_name_that_users_import() -> None:
+    for name in ("SavedTensorCorruptionError", "SavedTensorCorruptionWarning", "UnwatchedWarning", "Violation"):
+        found = getattr(torchguard, name)
+        assert f"{found.__module__}.{found.__qualname__}" == f"torchguard.{name}"
 
 
 def test_plain_has_no_escape_codes_and_colour_has() -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from outside import CORRUPT, LINE, ROOT, entry_points, environment, python, summary
+from outside import CORRUPT, LINE, ROOT, entry_points, environment, python, reported, sources, summary
 
 import torchguard
 from torchguard import _config, _policy, _switch
@@ -184,12 +185,46 @@ def test_a_report_is_there_when_it_happens_and_counts_at_the_end(tmp_path: Path)
     torchguard.enable("warn", report=path)
     with pytest.warns(torchguard.SavedTensorCorruptionWarning):
         corrupt()
-    assert [json.loads(line)["times"] for line in path.read_text().splitlines()] == [1]
+    assert [record["times"] for record in reported(path)] == [1]
     corrupt()
     torchguard.disable()
-    (record,) = [json.loads(line) for line in path.read_text().splitlines()]
-    assert record["times"] == 2
-    assert record["written"]["source"] == "out.data.zero_()"
+    assert sources(path) == ["out.data.zero_()"]
+    *_, hits, process = map(json.loads, path.read_text().splitlines())
+    assert (hits["record"], hits["times"]) == ("hits", 2)
+    assert process["about"]["ended"]
+
+
+def test_each_report_has_what_was_found_while_it_was_asked_for(tmp_path: Path) -> None:
+    torchguard.enable("warn", report=tmp_path / "a.jsonl")
+    with pytest.warns(torchguard.SavedTensorCorruptionWarning):
+        corrupt()
+    torchguard.enable("strict", report=tmp_path / "a.jsonl")
+    assert is_refused()
+    torchguard.enable("strict", report=tmp_path / "b.html")
+    assert is_refused()
+    assert not (tmp_path / "b.html").exists()
+    torchguard.disable()
+    assert len(sources(tmp_path / "a.jsonl")) == 1
+    assert "3 hits" in (tmp_path / "b.html").read_text()
+    assert "TORCHGUARD_REPORT_TAKEN" not in os.environ
+
+
+def test_reports_carry_who_allowed_what_and_what_is_not_watched(tmp_path: Path) -> None:
+    suppressions = ["test_switch.py:corrupt -- meant"]
+    guard = torchguard.enable("strict", report=tmp_path / "r.sarif", suppressions=suppressions)
+    guard.note_unwatched(next(iter(guard.unwatched), "nothing"))
+    assert not is_refused()
+    with torchguard.allow("put back"):
+        a = torch.ones(3, requires_grad=True).exp()
+        a.data.zero_()
+    torchguard.disable()
+    (run,) = json.loads((tmp_path / "r.sarif").read_text())["runs"]
+    assert sorted(
+        (one["kind"], one["justification"]) for result in run["results"] for one in result["suppressions"]
+    ) == [
+        ("external", "meant (suppressed by suppressions:1)"),
+        ("inSource", "put back"),
+    ]
 
 
 def test_a_report_as_text(tmp_path: Path) -> None:
@@ -198,20 +233,25 @@ def test_a_report_as_text(tmp_path: Path) -> None:
     torchguard.disable()
     text = (tmp_path / "r.txt").read_text()
     assert "zero_() through .data would corrupt" in text
-    assert "allowed: meant (suppressed by suppressions:1)" in text
+    assert "suppressed: meant (suppressed by suppressions:1)" in text
     torchguard.enable(report=tmp_path / "r.txt")
     torchguard.disable()
-    assert (tmp_path / "r.txt").read_text() == "no violations\n"
+    assert (tmp_path / "r.txt").read_text() == "torchguard: no violations in 1 process\n"
 
 
+@pytest.mark.parametrize("name", ["file/r.txt", "folder.jsonl"])
 def test_a_report_that_cannot_be_written_is_told_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    torchguard.enable("warn", report=tmp_path / "file" / "r.txt")
+    (tmp_path / "folder.jsonl").mkdir()
+    torchguard.enable("warn", report=tmp_path / name)
     with pytest.warns(torchguard.SavedTensorCorruptionWarning):
         corrupt()
-    assert "torchguard: the report cannot be written to" in capsys.readouterr().err
+    torchguard.disable()
+    told = capsys.readouterr().err
+    assert told.startswith(f"torchguard: the report cannot be written to {tmp_path / name}: ")
+    assert told.count("\n") == 1
 
 
 def test_a_stale_suppression_is_told_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,6 +285,10 @@ def test_arguments_beat_the_environment_and_what_they_leave_open_is_taken_from_i
         ),
         ({"mode": "off"}, "torchguard.disable()"),
         ({"exitcode": 300}, "exitcode=300 is not a number from 0 to 255"),
+        (
+            {"report": "r.htlm"},
+            "report='r.htlm' does not say by its ending what kind of report to write; did you mean '.html'?",
+        ),
         ({"suppressions": ["x.py"]}, "'x.py' has no reason"),
         ({"suppressions": "/nowhere"}, "No such file"),
     ],
@@ -320,7 +364,7 @@ def test_the_exit_status_is_ours_only_if_the_program_succeeded(ending: str, scri
     assert done.returncode == status, done.stderr
     assert done.stdout == "[0.0, 0.0, 0.0]\n"  # as without the guard
     assert "SavedTensorCorruptionWarning" in done.stderr
-    assert len((path.parent / "r.jsonl").read_text().splitlines()) == 1
+    assert sources(path.parent / "r.jsonl") == ["c.zero_()"]
     assert (path.parent / "late.txt").read_text() == ("" if "_exit" in text else "not flushed")
     assert bool(summary(done)) is ("_exit" not in text)
 
@@ -482,11 +526,15 @@ def test_child_processes_are_guarded_and_the_main_one_answers_for_them(script: C
     for source, count in (("b.data.fill_(7)", 1), ("b.data.fill_(8)", 2), ("c.zero_()", 1)):
         assert sum(f"  {source}  " in line and "(pid " in line for line in told) == count, told
     assert not any("matches nothing" in line for line in told)
-    assert (path.parent / "r.jsonl").read_text() == ""
-    reports = sorted(path.parent.glob("r.pid*.jsonl"))
+    assert reported(path.parent / "r.jsonl") == []
+    reports = sorted(path.parent.glob("r.*.pid*.jsonl"))
     assert len(reports) == 5
-    kinds = [json.loads(line)["allowed"] for report in reports for line in report.read_text().splitlines()]
-    assert sum(kind is not None for kind in kinds) == 1
+    assert sum(record["suppressed"] is not None for report in reports for record in reported(report)) == 1
+    done = python(["-m", "torchguard", "merge", "r*.jsonl", "-o", "all.json"], cwd=path.parent)
+    assert done.stdout == "torchguard: all.json: 3 sites, 4 hits, in 6 processes; 1 allowed or suppressed\n", (
+        done.stderr
+    )
+    assert done.stderr == "", "each process closed its report"
     assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob(f"torchguard-{os.getpid()}-*"))
 
 
@@ -525,18 +573,15 @@ def test_two_ranks(how: str, script: Callable[..., Path]) -> None:
         assert done.returncode == 66, done.stderr
         told = next(line for line in summary(done) if "c.zero_()" in line)
         assert "(rank 1, pid " in told
-        (report,) = path.parent.glob("r.rank*.jsonl")
     else:
         guarded = ["-m", "torchguard", "--mode", "warn", "--report", "r.jsonl", "--exitcode", "0", path]
         done = python([*launch, *guarded], cwd=path.parent)
         assert done.returncode == 0, done.stderr
-        reports = sorted(path.parent.glob("r.rank*.jsonl"))
-        assert [report.name for report in reports] == ["r.rank0.jsonl", "r.rank1.jsonl"]
-        assert reports[0].read_text() == ""
-        report = reports[1]
     assert done.stdout.count("sum 2") == 2
-    assert report.name.startswith("r.rank1")
-    assert json.loads(report.read_text())["written"]["source"] == "c.zero_()"
+    reports = sorted(path.parent.glob("r.rank*.jsonl"))
+    host = socket.gethostname().split(".")[0]
+    assert [re.sub(r"\d+\.jsonl", "N", report.name) for report in reports] == [f"r.rank{i}.{host}.pidN" for i in (0, 1)]
+    assert list(map(sources, reports)) == [[], ["c.zero_()"]]
 
 
 # ---- the examples, as they are -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import inspect
 import io
 import operator
 import pickle
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -658,6 +659,16 @@ def test_a_bound_writer() -> Any:
         hash(method) == hash(x.add_),
         inspect.isbuiltin(method),
         inspect.isroutine(method),
+        isinstance(method, types.BuiltinMethodType),
+        method.__module__,
+        method.__doc__ == torch.ones(2).add_.__doc__,
+        repr(method).split(" at ")[0],
+        sorted(dir(method)),
+        type(attempt(inspect.signature, method)),
+        hasattr(method, "no_such"),
+        method != x.add_,
+        {method: 1}.get(x.add_),
+        functools.partial(method, 1)() is x,
         copy.copy(method)(1) is x,
         pickle.loads(pickle.dumps(method))(1),
         copy.deepcopy(method)(1),

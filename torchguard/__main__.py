@@ -15,12 +15,12 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from torchguard import _config, _switch, _tracebacks
+from torchguard import _config, _suppressions, _switch, _tracebacks
 from torchguard._config import Layer
 
 #: What ``torchguard WORD`` does, where the word is not a program: the module with its ``main``. (A script of that name
 #: is run by ``torchguard ./WORD``.)
-_COMMANDS = {"demo": "torchguard._demo"}
+_COMMANDS = {"demo": "torchguard._demo", "merge": "torchguard._report._merging"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="torchguard",
         usage="\n       ".join(
-            ("%(prog)s [options] SCRIPT [ARGS ...]", "%(prog)s [options] -m MODULE [ARGS ...]", "%(prog)s demo")
+            (
+                "%(prog)s [options] SCRIPT [ARGS ...]",
+                "%(prog)s [options] -m MODULE [ARGS ...]",
+                "%(prog)s merge FILES ... -o OUT",
+                "%(prog)s demo",
+            )
         ),
         description="Run a program under the guard, as Python would run it.",
         epilog=f"Exit status: the program's own; {_config.EXIT_STATUS} (or --exitcode) if it succeeded although "
@@ -53,13 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--at", metavar="MOMENT", help=f"when to judge: {', '.join(_config.MOMENTS)}")
     parser.add_argument("--every-call", action="store_true", default=None, help="also see calls that no patch sees")
     parser.add_argument(
-        "--report", metavar="FILE", help="write the violations there (text; JSON lines if it ends in .jsonl)"
+        "--report", metavar="FILE", help=f"write the violations there; ends in {', '.join(_config.REPORTS)}"
     )
     parser.add_argument("--exitcode", metavar="N", help="exit status if only violations went wrong; 0 leaves it alone")
     parser.add_argument(
         "--suppressions", metavar="FILE", help="violations to live with, GLOB[:LINE|:FUNCTION] [KIND] -- REASON"
     )
     parser.add_argument("--max-reports", metavar="N", help="how many sites to warn of and to list at the end")
+    parser.add_argument(
+        "--progress", action="store_true", default=None, help="say now and then how far it is, if there is a terminal"
+    )
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
@@ -77,14 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("say which program to run: a script, or -m and a module")
     layers = [Layer("", {_as_written(key): value for key, value in told.items() if value is not None})]
     _, wrong = _config.resolve(layers)
+    wrong += _suppressions.read(told["suppressions"], "--suppressions")[1]
     if wrong:
-        _switch.say(wrong[0].rpartition(";")[0])
+        _switch.say(wrong[0].rpartition(";")[0] or wrong[0])
         return 2
     environment, problems = _config.of_environment(os.environ)
     project, more = _config.of_project()
     config, rest = _config.resolve([*layers, *environment, *project], default="strict")
     for problem in (*problems, *more, *rest):
         _switch.say(problem)
+    if rest and config.mode == "off":  # a mode that does not exist, in a file or a variable: nobody asked for "off"
+        return 2
     run = _module(module) if module else _script(program)
     session = _switch.arm(config, layers)
     try:

@@ -11,7 +11,7 @@ A write that the guard saw and judged moves the expectation, so that only unseen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from weakref import ref
 import torch
 
 from torchguard import _memory, _torch
+from torchguard._counts import COUNTS
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
@@ -101,6 +102,8 @@ class Aliases:
         self.young: dict[int, tuple[ref[torch.Tensor], CodeType | None, int]] = {}
         #: The live saves of a storage; the ledger's, once there is one.
         self.live_saves: Callable[[int], list[Save]] = lambda storage: []
+        #: Whether there are any.
+        self.any_live_save: Callable[[int], bool] = lambda storage: False
         self._sweep_at = _SLACK
         self._sweep_young_at = _YOUNG_SLACK
 
@@ -127,6 +130,7 @@ class Aliases:
         """Take down an alias that has just been made."""
         if storage in self.young:
             self._grow(storage)
+        COUNTS.aliases += 1
         record = AliasRecord(alias, instruction, version)
         records = self.by_storage.get(storage)
         if records is None:
@@ -156,7 +160,7 @@ class Aliases:
     def _sweep(self) -> None:
         for storage in list(self.by_storage):
             self._thin(storage)
-            if not self.live_saves(storage):
+            if not self.any_live_save(storage):
                 self.forget_dead(storage)
         self._sweep_at = 2 * len(self.by_storage) + _SLACK
 
@@ -176,33 +180,36 @@ class Aliases:
             self.forget_dead(storage)
 
     def arm(self, storage: int, saved: torch.Tensor) -> bool:
-        """A save is being made in this storage: watch the counters of the aliases that live. False if none
-        does but what is being saved, whose counter is the save's.
+        """A save is being made in this storage: watch the counters of the aliases that live. False if no
+        counter is watched but that of what is being saved, which is the save's.
         """
         alive = False
         for record in self.by_storage.get(storage, ()):
             alias = record()
-            if alias is not None:
+            if alias is None:
+                alive = alive or record.counter is not None  # a ``detach()`` of it may be there still
+            else:
                 alive = alive or alias is not saved
                 if record.counter is None:
                     record.arm(alias)
         return alive
 
-    def sync(self, storage: int, saves: Iterable[Save] | None = None) -> None:
+    def sync(self, storage: int, saves: list[Save] | None = None) -> None:
         """Mark the saves that an unseen write may have touched, and expect from now on what is there now."""
         if storage in self.young:
             self._grow(storage)
         records = self.by_storage.get(storage)
         if records is None:
             return
-        saves = self.live_saves(storage) if saves is None else list(saves)
-        if not saves:
+        if not (self.any_live_save(storage) if saves is None else saves):
             self.forget_dead(storage)
             records = self.by_storage.get(storage, [])
         for record in records:
             version = record.version
             if version != record.expected:
                 record.expected = version
+                if saves is None:
+                    saves = self.live_saves(storage)
                 self._mark(record, storage, saves)
 
     def _mark(self, record: AliasRecord, storage: int, saves: list[Save]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from torchguard import _memory, _places, _policy, _torch, _writes
 from torchguard._aliases import ALIASES
+from torchguard._counts import COUNTS
 from torchguard._saves import LEDGER, Save
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer
@@ -107,6 +108,7 @@ def _carry_out(
     group: Any,
     finish: Callable[..., Any] | None = None,
 ) -> Any:
+    COUNTS.writes += 1
     frame = sys._getframe(2)
     watched: list[int] = []
     hits: list[_writes.Hit] = []

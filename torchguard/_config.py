@@ -55,6 +55,7 @@ class Config:
         exitcode: status of a program that succeeded although violations were reported; 0 leaves it alone.
         suppressions: path of a file, or the lines themselves.
         max_reports: how many sites to warn of and to show in the summary; None for all.
+        progress: say now and then how far it is: True on a terminal, a number of seconds wherever standard error leads.
     """
 
     mode: str = "off"
@@ -64,6 +65,7 @@ class Config:
     exitcode: int = EXIT_STATUS
     suppressions: str | tuple[str, ...] | None = None
     max_reports: int | None = None
+    progress: bool | int = False
 
     def guard_keywords(self) -> dict[str, Any]:
         """The keywords of the ``Guard`` that this asks for."""
@@ -183,11 +185,32 @@ def _integer(low: int, high: int | None) -> Callable[[Any, str | None], int]:
     return parse
 
 
+def _boolean_or_seconds(value: Any, _: str | None) -> bool | int:
+    text = str(value).lower()
+    if text in (*_ON, *_OFF):
+        return text in _ON
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise _Bad("is neither true, nor false, nor a number of seconds from 2 up")
+    return int(text)
+
+
 def _path(value: Any, directory: str | None) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise _Bad("is not a path")
     # Absolute, because the program may change its directory, and its child processes start in others.
     return os.path.abspath(os.path.join(directory or "", os.path.expanduser(os.fspath(value))))
+
+
+#: What a report's path may end in; what each is for is told in docs/reports.md.
+REPORTS: tuple[str, ...] = (".jsonl", ".json", ".sarif", ".html", ".txt")
+
+
+def _report(value: Any, directory: str | None) -> str:
+    path = _path(value, directory)
+    suffix = os.path.splitext(path)[1]
+    if suffix.lower() not in REPORTS:
+        raise _Bad(f"does not say by its ending what kind of report to write{nearest(suffix, REPORTS)}")
+    return path
 
 
 def _lines_or_path(value: Any, directory: str | None) -> str | tuple[str, ...]:
@@ -202,10 +225,11 @@ _PARSERS: dict[str, Callable[[Any, str | None], Any]] = {
     "mode": _one_of("mode", lambda: ("off", *MODES)),
     "at": _one_of("moment", lambda: MOMENTS),
     "every_call": _boolean,
-    "report": _path,
+    "report": _report,
     "exitcode": _integer(0, 255),
     "suppressions": _lines_or_path,
     "max_reports": _integer(0, None),
+    "progress": _boolean_or_seconds,
 }
 
 
@@ -236,7 +260,7 @@ def _options_of(text: str) -> tuple[dict[str, Any], list[str]]:
     for match in _OPTION.finditer(text):
         key = match["key"]
         if key is None or (value := match["double"] or match["single"] or match["plain"]) is None:
-            if key == "every_call":
+            if key in ("every_call", "progress"):
                 values[key] = True
             else:
                 problems.append(f"TORCHGUARD_OPTIONS: {match[0]!r} is not KEY=VALUE; ignored")

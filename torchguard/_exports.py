@@ -24,6 +24,7 @@ from weakref import ref
 import torch
 
 from torchguard import _memory, _torch
+from torchguard._counts import COUNTS
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
@@ -180,6 +181,7 @@ class Exports:
             for other in shared.exports:
                 if other.hold is None and (other.span is None or other.span == span):
                     return other  # nothing new
+        COUNTS.exports += 1
         shared.exports.append(export)
         return export
 
@@ -196,6 +198,14 @@ class Exports:
                 self.shared(untyped, storage, False)  # a parameter: not to be asked again
         except _memory.NO_MEMORY:
             return
+
+    def meet(self, save: Save, storage: int, grad_fn: Any) -> None:
+        """Have a save keep proof if somebody outside torch can write to it, known already or not."""
+        known = self.by_storage.get(storage)
+        if known is None:
+            self.ask(save, storage, grad_fn)
+        elif known.exports:
+            self.keep(save, known)
 
     def keep(self, save: Save, shared: Shared) -> None:
         """Have a save keep proof if somebody outside torch can write to it."""

@@ -29,11 +29,12 @@ import torch
 import torch.utils.checkpoint
 
 from torchguard import _memory, _places, _policy, _torch, _verdict
-from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
+from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
+from torchguard._exports import EXPORTS, Export
 from torchguard._overlap import overlaps
-from torchguard._reads import collector, is_unused
-from torchguard._rereads import Reread
-from torchguard._saves import LEDGER, OWN_FILES, Save, extent_of, operation_of_node
+from torchguard._reads import collector, export_behind, is_unused
+from torchguard._rereads import Reread, running
+from torchguard._saves import LEDGER, OWN_FILES, Save, copy_of, extent_of, operation_of_node
 from torchguard._torch import Hooks
 from torchguard._violation import Kind
 
@@ -49,9 +50,10 @@ class HookedSave(Save):
         layout: dtype, offset, shape and strides of what is judged.
         output_of: type of the node whose output was saved, None for an input.
         reason: why the writes so far are allowed; None if one of them is not.
+        recomputed: whether a checkpoint's function computes it anew when backward reads it.
     """
 
-    __slots__ = ("counter", "held", "layout", "output_of", "packed", "reason", "weak")
+    __slots__ = ("counter", "held", "layout", "output_of", "packed", "reason", "recomputed", "weak")
 
     checked = False
 
@@ -62,6 +64,7 @@ class HookedSave(Save):
     layout: tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]] | None
     output_of: type | None
     reason: str | None
+    recomputed: bool
 
     @property
     def tensor(self) -> torch.Tensor:  # type: ignore[override]
@@ -114,10 +117,16 @@ class HookedSave(Save):
     def let_bytes_decide(
         self, kind: Kind, operation: str, here: _places.Instruction, aliased: _places.Instruction = None
     ) -> None:
-        """A write is coming: keep proof, and compare when backward reads."""
+        """A write is coming: keep proof, and compare when backward reads.
+
+        What is computed anew repeats the writes of a checkpoint's function, and no others.
+        """
+        if self.recomputed and not running.depth:
+            return
         remarks = self.remark()
-        if not (remarks.compare or self.tracked or remarks.suspect is not None):
-            # What was copied at the save may not have been filled yet (the noise of an RReLU).
+        if not (remarks.compare or self.tracked or remarks.suspect is not None or remarks.exports):
+            # What was copied at the save may not have been filled yet (the noise of an RReLU), and what code outside
+            # torch can write to may not be what was saved any more.
             remarks.proof = None
         reasons = _policy.state.reasons
         first = not remarks.compare or (remarks.audited and remarks.writer is None)
@@ -323,8 +332,8 @@ def compose(program: Hooks) -> Hooks:
             return save.tensor if save.counter is not None else torch.empty(0)
         suspicious = save.counter is not None and _suspicious(save)
         # What can be repaired is judged by what unpack makes of it: that is what has to be replaced.
-        certain = suspicious and save.certain and not (_verdict.can_be_repaired(save) and not recomputes)
-        found = _verdict_on(save, save.tensor, False) if certain else None
+        certain = suspicious and save.certain and (save.recomputed or not _verdict.can_be_repaired(save))
+        found = _verdict_on(save, save.tensor) if certain else None
         if found is None:
             outer = collector.saves
             collector.saves = None  # what it reads itself is not what is asked for
@@ -333,7 +342,7 @@ def compose(program: Hooks) -> Hooks:
             finally:
                 collector.saves = outer
             if suspicious and not certain:
-                found = _verdict_on(save, tensor, recomputes)
+                found = _verdict_on(save, tensor)
         if isinstance(found, torch.Tensor):
             return found
         if found is not None:
@@ -364,9 +373,9 @@ _PACK_CODE = compose((_nop, _nop))[0].__code__
 def _node_of_output(tensor: torch.Tensor) -> type | None:
     with _torch.no_torch_function():
         node = tensor.grad_fn
-        if node is None or _torch.sequence_number(node) != _torch.next_sequence_number() - 1:
+        if node is None or not _torch.made_last(node, _torch.next_sequence_number()):
             return None
-        return type(node)
+        return _torch.node_type(node)
 
 
 def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recomputed: bool) -> HookedSave:
@@ -378,6 +387,7 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recompute
     save.output = 0
     save.output_of = output_of
     save.reason = None
+    save.recomputed = recomputed
     save.held = _nothing
     save.code = save.inner_code = None
     save.offset = save.inner_offset = 0
@@ -416,7 +426,8 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recompute
     if form[0] and judged.numel() * judged.element_size() <= PROOF_BYTES_AT_SAVE:
         remarks = save.remark()  # for a tracked write that nobody sees coming
         if remarks.proof is None:
-            remarks.proof = judged.detach().clone()
+            remarks.proof = copy_of(judged)
+    EXPORTS.meet(save, storage, tensor.grad_fn)
     LEDGER.add(save)
     guard = _policy.innermost()
     if guard is not None and guard.audits and not recomputed:
@@ -445,9 +456,13 @@ def _suspicious(save: HookedSave) -> bool:
         with _torch.no_torch_function():
             ALIASES.sync(save.storage)
     remarks = save.remarks
-    return (
-        save.tracked or (remarks is not None and (remarks.compare or remarks.suspect is not None)) or _is_rebound(save)
-    )
+    if remarks is not None and (remarks.compare or remarks.suspect is not None or _is_exported(save)):
+        return True
+    return save.tracked or _is_rebound(save)
+
+
+def _is_exported(save: HookedSave) -> bool:
+    return save.remarks is not None and bool(save.remarks.exports) and save.remarks.proof is not None
 
 
 def _is_rebound(save: HookedSave) -> bool:
@@ -455,27 +470,34 @@ def _is_rebound(save: HookedSave) -> bool:
     return tensor is not None and _memory.storage_of(tensor) != save.storage
 
 
-def _verdict_on(save: HookedSave, read: Any, recomputed: bool) -> Exception | torch.Tensor | None:
+def _verdict_on(save: HookedSave, read: Any) -> Exception | torch.Tensor | None:
     """What the guard answers, now that backward reads ``read``; returned, so that it is raised without frames that hold
     user tensors. A tensor is what backward is to read instead.
     """
     try:
         with _torch.no_torch_function():
-            # What a checkpoint's function read from outside is judged when it has run again (see ``_recompute``).
-            reread = recomputed and any(isinstance(entry, Reread) for entry in LEDGER.in_storage(save.storage))
-            if (
-                not reread
-                and isinstance(read, torch.Tensor)
-                and _is_changed(save, read, recomputed)
-                and not is_unused(save)
-            ):
-                return _report(save, None if recomputed else read)
+            changed = isinstance(read, torch.Tensor) and (_is_repeated if save.recomputed else _is_changed)(save, read)
+            if changed and not is_unused(save):
+                return _report(save, None if save.recomputed else read)
     except Exception as error:
         return error.with_traceback(None)
     return None
 
 
-def _is_changed(save: HookedSave, read: torch.Tensor, recomputed: bool) -> bool:
+def _is_repeated(save: HookedSave, read: torch.Tensor) -> bool:
+    """Whether a checkpoint's function, run again, has written once more over what it saved.
+
+    What it read from outside is judged when it has run again (see ``_recompute``).
+    """
+    if any(isinstance(entry, Reread) for entry in LEDGER.in_storage(save.storage)):
+        return False
+    proof = save.remark().proof
+    if proof is None or read.shape != proof.shape or read.dtype != proof.dtype:
+        return False
+    return not _memory.same_bytes(read, proof)
+
+
+def _is_changed(save: HookedSave, read: torch.Tensor) -> bool:
     """Whether ``read`` is the saved memory and holds something else than what was saved."""
     saved = save.tensor
     remarks = save.remark()
@@ -488,27 +510,28 @@ def _is_changed(save: HookedSave, read: torch.Tensor, recomputed: bool) -> bool:
         return True
     if proof is None or read.shape != proof.shape or read.dtype != proof.dtype:
         return False
-    # A copy. It was made after the write if it holds what the memory holds now, and not what was saved; and what
-    # checkpoint computes anew repeats the write, unless it is what was saved.
-    return not _memory.same_bytes(read, proof) and (recomputed or _memory.same_bytes(read, saved))
+    # A copy. It was made after the write if it holds what the memory holds now, and not what was saved.
+    return not _memory.same_bytes(read, proof) and _memory.same_bytes(read, saved)
 
 
 def _report(save: HookedSave, read_as: torch.Tensor | None) -> torch.Tensor | None:
     """Have the guard answer. ``read_as`` is what backward would read, if something can be put into its place."""
     remarks = save.remark()
     read = _places.user_instruction(sys._getframe(1))
-    suspect = remarks.suspect
+    alias: AliasRecord | Export | None = remarks.suspect
     kind: Kind
     if remarks.writer is not None:
         kind, operation, written = remarks.writer
     elif _is_rebound(save):
         kind, operation, written = "rebind", "x.data = y", read
-    elif remarks.audited and suspect is None and not save.tracked:
+    elif remarks.audited and alias is None and not save.tracked and not _is_exported(save):
         kind, operation, written = "invisible", "", read
-    else:
+    elif save.tracked or alias is not None or not _is_exported(save):
         kind, operation, written = "unchecked" if save.tracked else "unseen", "", read
+    else:
+        kind, operation, written, alias = "exported", "", read, export_behind(save)
     reasons = _policy.state.reasons
-    aliased = remarks.alias if suspect is None else suspect.instruction
+    aliased = remarks.alias if alias is None else alias.instruction
     instead = None if read_as is None or save.reason is not None else _as_it_was(save, read_as)
     if instead is not None and _verdict.can_be_repaired(save):
         healed = _verdict.repair(save, kind, operation, aliased=aliased, written=written, read=read)

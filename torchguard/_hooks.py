@@ -17,7 +17,7 @@ import torch
 
 from torchguard import _functorch, _memory, _policy, _torch
 from torchguard._hooked import compose, program_of
-from torchguard._reads import collector, unpack
+from torchguard._reads import collecting, collector, unpack
 from torchguard._saves import make_pack
 from torchguard._torch import Hooks
 
@@ -175,10 +175,12 @@ def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
     """
     outer = collector.saves
     collector.saves = []
+    collecting.append(None)
     try:
         unpacked: tuple[torch.Tensor | None, ...] = original_saved_tensors.__get__(ctx)
         saves = collector.saves
     finally:
+        collecting.pop()
         collector.saves = outer
     if len(saves) != sum(tensor is not None for tensor in unpacked):
         return unpacked  # saved under somebody else's hooks

@@ -17,6 +17,7 @@ import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 import wrapt
@@ -33,6 +34,7 @@ from torchguard import (
     _policy,
     _pools,
     _preserved,
+    _reads,
     _recompute,
     _refusal,
     _stashes,
@@ -43,7 +45,6 @@ from torchguard import (
 )
 from torchguard._aliases import ALIASES
 from torchguard._exports import EXPORTS
-from torchguard._reads import DETACHED
 from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
@@ -154,7 +155,69 @@ class _Routed(_Copied, wrapt.FunctionWrapper[Any, Any]):
         return self if instance is None else super().__get__(instance, owner)
 
 
-def _route_method(function: Any) -> Callable[..., Any]:
+def _of_what_is_wrapped(name: str) -> Any:
+    return property(lambda self: getattr(self.__wrapped__, name))
+
+
+class _BoundWriter(_Copied, functools.partial):  # type: ignore[type-arg]
+    # x.add_ while torch.Tensor.add_ is routed. Calling a partial is all in C; for all but a call it is what it stands
+    # for. (No __getattribute__: dynamo takes that for something that it cannot trace.)
+    __slots__ = ()
+
+    @property
+    def __wrapped__(self) -> Any:
+        return self.func.original.__get__(*self.args)  # type: ignore[attr-defined]
+
+    __class__ = _of_what_is_wrapped("__class__")
+    __doc__ = _of_what_is_wrapped("__doc__")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__wrapped__, name)
+
+    def __dir__(self) -> Any:
+        return dir(self.__wrapped__)
+
+    def __eq__(self, other: object) -> Any:
+        return self.__wrapped__ == (other.__wrapped__ if isinstance(other, _BoundWriter) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.__wrapped__)
+
+
+_BoundWriter.__module__ = _of_what_is_wrapped("__module__")
+
+
+class _RoutedWriter(_Routed):
+    """A routed method that writes, as it is found on the class."""
+
+    def __init__(self, function: Any, call: Callable[..., Any]) -> None:
+        super().__init__(function, lambda _, __, args, kwargs: call(*args, **kwargs))
+        self._self_call = call
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else _BoundWriter(self._self_call, instance)
+
+
+class _RoutedMethod:
+    """What stands in ``torch.Tensor`` for a method that writes.
+
+    Binding and calling through wrapt's descriptor takes five times as many instructions.
+    """
+
+    __slots__ = ("call", "on_class")
+
+    def __init__(self, on_class: _RoutedWriter, call: Callable[..., Any]) -> None:
+        self.on_class = on_class
+        self.call = call
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self.on_class if instance is None else _BoundWriter(self.call, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+def _route_method(function: Any) -> _RoutedMethod:
     """The route from a patched method of ``torch.Tensor`` into the override.
 
     Nearly all writes are to memory that no live save has anything to do with; they are let through here.
@@ -171,25 +234,25 @@ def _route_method(function: Any) -> Callable[..., Any]:
     foreign = LEDGER.foreign
     is_wrapper = _torch.is_wrapper
 
-    def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if pending or filing:
             file()
         if not groups:
-            return wrapped(*args, **kwargs)
-        if type(instance) in plain and not foreign:
+            return function(*args, **kwargs)
+        instance: Any = args[0] if args else None
+        if type(instance) in plain and not foreign and not mode_active():
             try:
-                elsewhere = storage_id(instance) not in groups and not is_foreign(instance)
+                elsewhere = storage_id(instance) not in groups and instance.untyped_storage().resizable()
             except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
                 elsewhere = not is_wrapper(instance)
             if elsewhere:
-                return wrapped(*args, **kwargs)
+                return function(*args, **kwargs)
         if state.every_call and mode_active():
-            return wrapped(*args, **kwargs)  # the mode on the stack is about to see this call
-        if instance is None:  # called on the class
-            return judge(function, (), args, kwargs)
-        return judge(function, (), (instance, *args), kwargs)
+            return function(*args, **kwargs)  # the mode on the stack is about to see this call
+        return judge(function, (), args, kwargs)
 
-    return route
+    call.original = function  # type: ignore[attr-defined]
+    return _RoutedMethod(_RoutedWriter(function, call), call)
 
 
 def _route_function(function: Any) -> Callable[..., Any]:
@@ -269,7 +332,11 @@ class _Patch:
 
     def restore(self) -> None:
         """Undo :meth:`install`, or what an interrupt left of it."""
-        if vars(self.owner).get(self.name) is not self.replacement:
+        here = vars(self.owner).get(self.name)
+        if here is not self.replacement and not (
+            # Somebody took the method from the class and put it back.
+            isinstance(self.replacement, _RoutedMethod) and here is self.replacement.on_class
+        ):
             return
         if self.inherited:
             delattr(self.owner, self.name)
@@ -299,23 +366,43 @@ class _Attribute:
 _original_data: Any = torch.Tensor.data
 
 
-def _data_getter() -> Callable[[torch.Tensor], Any]:
+class _Data:
+    """``torch.Tensor.data`` while it is routed; on the class it shows the original.
+
+    It hands out an alias and takes down where. An alias of memory in which no save lies goes into the one slot of its
+    storage (see ``Aliases.young``): that is written out here, since it is what nearly every access comes to.
+    """
+
+    __slots__ = ()
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        _set_data(instance, value)
+
+    def __delete__(self, instance: Any) -> None:
+        _original_data.__delete__(instance)
+
+
+def _data_getter() -> Callable[..., Any]:
     get = _original_data.__get__
-    plain = _memory.PLAIN_TYPES
+    tensor_type, parameter_type = torch.Tensor, torch.nn.Parameter
     storage_id = _torch.storage_id
     pending = LEDGER.pending
     filing = LEDGER.filing
     file = LEDGER.file
     groups = LEDGER.groups
+    young = ALIASES.young
     enter_young = ALIASES.enter_young
     by_storage = ALIASES.by_storage
     inside_library = _places.inside_library
     getframe = sys._getframe
 
-    def get_data(tensor: torch.Tensor) -> Any:
-        alias = get(tensor)
-        frame = getframe(2)
-        if type(alias) in plain:
+    def get_data(_: _Data, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return _original_data
+        alias = get(instance)
+        frame = getframe(1)
+        kind = type(alias)
+        if kind is tensor_type or kind is parameter_type:
             if pending or filing:
                 file()
             try:
@@ -324,8 +411,13 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
                 _writes.enter_alias(alias, _places.user_instruction(frame))
                 return alias
             if storage not in groups and storage not in by_storage:
-                if inside_library.get(frame.f_code.co_filename) is False:
-                    enter_young(alias, storage, frame.f_code, frame.f_lasti)
+                code = frame.f_code
+                if inside_library.get(code.co_filename) is False:
+                    before = young.get(storage)
+                    if before is not None and before[0]() is None:
+                        young[storage] = (ref(alias), code, frame.f_lasti)
+                    else:
+                        enter_young(alias, storage, code, frame.f_lasti)
                 else:
                     instruction = _places.user_instruction(frame)
                     enter_young(alias, storage, *(instruction or (None, 0)))
@@ -335,6 +427,9 @@ def _data_getter() -> Callable[[torch.Tensor], Any]:
         return alias
 
     return get_data
+
+
+_Data.__get__ = _data_getter()  # type: ignore[attr-defined]
 
 
 def _set_data(tensor: torch.Tensor, value: Any) -> None:
@@ -358,7 +453,7 @@ def _detach_in_place(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
     saves = _writes.detached_in_place(tensor) if isinstance(tensor, torch.Tensor) else []
     result = wrapped(*args, **kwargs)
     for save in saves:
-        save.version = DETACHED
+        save.version = _reads.DETACHED
     return result
 
 
@@ -368,10 +463,11 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     The guard drops its weak references, and for the time of the call PyTorch holds what the guard's saves hold for it.
     """
     held = []
-    tensors = _writers.tensors_in([*args, *kwargs.values()])
+    tensors = list({id(tensor): tensor for tensor in _writers.tensors_in([*args, *kwargs.values()])}.values())
     for tensor in tensors:
         ALIASES.forget(tensor)
         held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor) if save.checked]
+        _reads.let_go(tensor)
         _hooked.let_go(tensor)
     try:
         with let_go(tensors, "swap_tensors()"):
@@ -408,7 +504,7 @@ def _prepare() -> list[_Patch]:
     torch.overrides.get_overridable_functions()
     torch.overrides.get_testing_overrides()
     patches = []
-    wrappers: dict[int, _Routed] = {}
+    wrappers: dict[int, _Routed | _RoutedMethod] = {}
     # torch._C._nn is replaced as a whole: its functions pickle by the module's name, which must lead to them.
     nn_functions = types.ModuleType(_torch.NN.__name__)
     nn_functions.__dict__.update(vars(_torch.NN))
@@ -420,13 +516,16 @@ def _prepare() -> list[_Patch]:
         (_torch.VF, _torch.VARIABLE_FUNCTIONS),
     ]
     for owner, namespace in spaces:
-        route_to = _route_method if namespace is torch.Tensor else _route_function
         for name, (function, writer) in _writers.writers_in(namespace, dir(namespace)).items():
             WRITERS[function] = writer
             wrapper = wrappers.get(id(function))
             if wrapper is None:
-                route = _route_statistics(function, writer) if writer.keeps_statistics else route_to(function)
-                wrapper = _Routed(function, route)
+                if namespace is torch.Tensor:
+                    wrapper = _route_method(function)
+                elif writer.keeps_statistics:
+                    wrapper = _Routed(function, _route_statistics(function, writer))
+                else:
+                    wrapper = _Routed(function, _route_function(function))
                 wrappers[id(function)] = wrapper
             if owner is nn_functions:
                 setattr(owner, name, wrapper)
@@ -438,7 +537,7 @@ def _prepare() -> list[_Patch]:
     patches += [_Patch(owner, name, _Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
     patches.append(_Patch(torch.utils, "swap_tensors", _Routed(torch.utils.swap_tensors, _swap_tensors)))
     patches += [_Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
-    patches.append(_Patch(torch.Tensor, "data", _Attribute(_original_data, _data_getter(), _set_data)))
+    patches.append(_Patch(torch.Tensor, "data", _Data()))
     patches += [
         _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")
@@ -550,11 +649,8 @@ def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
     for patch in patches:
         if isinstance(patch.replacement, types.ModuleType):
             wrappers.update((id(value), value) for value in vars(patch.replacement).values())
-    names = [
-        (wrapper, _torch.script_name(wrapper.__wrapped__))
-        for wrapper in wrappers.values()
-        if isinstance(wrapper, _Routed)
-    ]
+    routed = [wrapper.on_class if isinstance(wrapper, _RoutedMethod) else wrapper for wrapper in wrappers.values()]
+    names = [(wrapper, _torch.script_name(wrapper.__wrapped__)) for wrapper in routed if isinstance(wrapper, _Routed)]
     return [(wrapper, name) for wrapper, name in names if name is not None]
 
 
@@ -601,6 +697,14 @@ def uninstall() -> None:
 
 
 def _restore() -> None:
+    try:
+        _put_back()
+    except BaseException:  # Ctrl-C, say: no patch outlives it
+        _put_back()
+        raise
+
+
+def _put_back() -> None:
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
     for patch in reversed([*_patches, *_compiler_patches]):

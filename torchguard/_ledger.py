@@ -4,7 +4,8 @@ Knows plain integers and weak references only. Note [Lazy index]: a save costs o
 is filed under its storage when the first question is asked after it was made, so saves that come and go
 between two writes (all of them, in a training loop that writes after backward) are never filed at all. Dead
 entries are dropped when they are met, and by a sweep whenever their number may have doubled, so every
-operation is flat in the number of live saves.
+operation is flat in the number of live saves. Where many saves lie in one storage (parameters cut from a flat
+buffer), a write asks an index of the stretches that they occupy in it, which is drawn on the first such question.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import ref
 
 
@@ -44,6 +45,8 @@ class Ledger(Generic[E]):
             overlap another storage.
         is_foreign: the third item of the extent alone, where that is cheaper to tell.
         on_empty: called when the last entry is gone.
+        reach_of: first and one past the last byte that an entry occupies, counted from the beginning of its storage;
+            None where a write anywhere in the storage concerns it.
     """
 
     def __init__(
@@ -51,14 +54,18 @@ class Ledger(Generic[E]):
         extent_of: Callable[[E], Extent | None],
         is_foreign: Callable[[E], bool] | None = None,
         on_empty: Callable[[], None] | None = None,
+        reach_of: Callable[[E], tuple[int, int] | None] = lambda entry: None,
     ) -> None:
         self._on_empty = on_empty
         self._extent_of = extent_of
         self._is_foreign = is_foreign or self._extent_is_foreign
         self.pending: deque[ref[E]] = deque()
+        self.filed = 0  # how many have been taken from ``pending`` so far
         self.filing: list[None] = []  # not empty while a thread has a save in its hands that is in neither
         self.groups: dict[int, list[ref[E]]] = {}
         self.foreign: dict[int, Extent] = {}
+        self._reach_of = reach_of
+        self._spans: dict[int, _Spans] = {}  # of large groups that somebody has asked about a part of
         self._thin_at: dict[int, int] = {}  # size at which a large group is thinned out next
         self._unmapped: set[int] | None = None  # groups not yet in _map; None until it is first asked for
         self._map = _AddressMap()
@@ -94,14 +101,11 @@ class Ledger(Generic[E]):
         groups, is_foreign, filing = self.groups, self._is_foreign, self.filing
         with self._lock:
             filing.append(None)
-            while pending:
-                try:
-                    item = pending.popleft()
-                except IndexError:  # another thread took the last one
-                    break
-                entry = item()
-                if entry is None:
-                    continue
+            take = pending.popleft
+            taken = len(pending)
+            # Nobody else takes from it. Most have died: they are sorted out without a step of Python's for each.
+            for entry in filter(None, map(_call, [take() for _ in range(taken)])):
+                item = ref(entry)  # the one that was pending: an object has one
                 storage = entry.storage
                 group = groups.get(storage)
                 if group is not None and not any(other() is not None for other in reversed(group)):
@@ -119,9 +123,11 @@ class Ledger(Generic[E]):
                     group.append(item)
                     if len(group) > _LARGE and len(group) > self._thin_at.get(storage, _LARGE):
                         group[:] = [other for other in group if other() is not None]
+                        self._spans.pop(storage, None)
                         self._thin_at[storage] = 2 * len(group) + _LARGE
             if len(self.groups) > self._sweep_at:
                 self._sweep()
+            self.filed += taken
             filing.clear()
 
     def _extent_is_foreign(self, entry: E) -> bool:
@@ -134,6 +140,8 @@ class Ledger(Generic[E]):
             self.foreign.pop(storage, None)
         if self._thin_at:
             self._thin_at.pop(storage, None)
+        if self._spans:
+            self._spans.pop(storage, None)
         if self._unmapped is not None:
             self._unmapped.discard(storage)
             self._map.discard(storage)
@@ -143,6 +151,7 @@ class Ledger(Generic[E]):
     def _sweep(self) -> None:
         for storage, group in list(self.groups.items()):
             group[:] = [item for item in group if item() is not None]
+            self._spans.pop(storage, None)
             if not group:
                 self._close(storage)
         self._sweep_at = 2 * len(self.groups) + _SLACK
@@ -156,14 +165,61 @@ class Ledger(Generic[E]):
         with self._lock:
             dead = []
             for storage, group in self.groups.items():
-                while group and group[-1]() is None:
-                    group.pop()
-                if group:
+                if self._ends_alive(storage, group):
                     break
                 dead.append(storage)
             for storage in dead:
                 self._close(storage)
             return bool(self.groups)
+
+    def _ends_alive(self, storage: int, group: list[ref[E]]) -> bool:
+        """Drop the dead entries at a group's end; whether any is left."""
+        while group and group[-1]() is None:
+            group.pop()
+        spans = self._spans.get(storage)
+        if spans is not None:
+            spans.entered = min(spans.entered, len(group))
+        return bool(group)
+
+    def any_in_storage(self, storage: int) -> bool:
+        """Whether any save of one storage is alive. Drops the dead ones that it meets."""
+        if self.pending or self.filing:
+            self.file()
+        group = self.groups.get(storage)
+        if group is None:
+            return False
+        with self._lock:
+            if self._ends_alive(storage, group):
+                return True
+            if self.groups.get(storage) is group:
+                self._close(storage)
+            return False
+
+    def is_crowded(self, storage: int) -> bool:
+        """Whether so many saves lie in a storage that it pays to ask about a part of it only."""
+        return len(self.groups.get(storage, ())) > _LARGE
+
+    def near(self, storage: int, low: int, high: int) -> list[E]:
+        """The live saves of one storage that may occupy a byte of ``[low, high)``, counted from its beginning."""
+        if self.pending or self.filing:
+            self.file()
+        group = self.groups.get(storage)
+        if group is None or len(group) <= _LARGE:
+            return self.in_storage(storage)
+        with self._lock:
+            spans = self._spans.get(storage)
+            if spans is None or spans.size > 2 * len(group) + _LARGE:
+                spans = self._spans[storage] = _Spans()
+            for item in group[spans.entered :]:
+                entry = item()
+                if entry is not None:
+                    spans.enter(item, self._reach_of(entry))
+            spans.entered = len(group)
+            return [entry for entry in map(_call, spans.find(low, high)) if entry is not None]
+
+    def lies_elsewhere(self, storage: int) -> None:
+        """A save of this storage occupies another part of it now."""
+        self._spans.pop(storage, None)
 
     def in_storage(self, storage: int) -> list[E]:
         """The live saves of one storage."""
@@ -176,6 +232,7 @@ class Ledger(Generic[E]):
         if len(live) < len(group):
             with self._lock:
                 group[:] = [item for item in group if item() is not None]
+                self._spans.pop(storage, None)
                 if not group and self.groups.get(storage) is group:  # and not one that was opened meanwhile
                     self._close(storage)
         return live
@@ -237,6 +294,39 @@ class Ledger(Generic[E]):
         self._unmapped = set()
 
 
+#: Calls a weak reference.
+_call: Callable[[ref[Any]], Any] = ref.__call__
+
+
+class _Spans:
+    """The entries of one storage by the stretch that they occupy in it. Those of one stretch are one key."""
+
+    def __init__(self) -> None:
+        self.entered = 0  # so many of the group are in here
+        self.size = 0
+        self._anywhere: list[ref[Any]] = []
+        self._by_stretch: dict[tuple[int, int], list[ref[Any]]] = {}
+        self._map = _AddressMap()
+
+    def enter(self, item: ref[Any], stretch: tuple[int, int] | None) -> None:
+        self.size += 1
+        if stretch is None:
+            self._anywhere.append(item)
+            return
+        items = self._by_stretch.get(stretch)
+        if items is None:
+            self._by_stretch[stretch] = [item]
+            self._map.add(stretch, *stretch)
+        else:
+            items.append(item)
+
+    def find(self, low: int, high: int) -> list[ref[Any]]:
+        found = list(self._anywhere)
+        for stretch in self._map.find(low, high):
+            found += self._by_stretch[stretch]
+        return found
+
+
 class _AddressMap:
     """Keys by the stretch of addresses they occupy.
 
@@ -248,14 +338,14 @@ class _AddressMap:
     _SMALLEST = 9
 
     def __init__(self) -> None:
-        self._levels: dict[int, dict[int, set[int]]] = {}
-        self._stretches: dict[int, tuple[int, int]] = {}
+        self._levels: dict[int, dict[int, set[Any]]] = {}
+        self._stretches: dict[Any, tuple[int, int]] = {}
 
     def _buckets(self, low: int, high: int) -> tuple[int, range]:
         level = max(self._SMALLEST, (high - low - 1).bit_length())
         return level, range(low >> level, ((high - 1) >> level) + 1)
 
-    def add(self, key: int, low: int, high: int) -> None:
+    def add(self, key: Any, low: int, high: int) -> None:
         self.discard(key)
         if low >= high:
             return
@@ -264,7 +354,7 @@ class _AddressMap:
         for bucket in buckets:
             self._levels.setdefault(level, {}).setdefault(bucket, set()).add(key)
 
-    def discard(self, key: int) -> None:
+    def discard(self, key: Any) -> None:
         stretch = self._stretches.pop(key, None)
         if stretch is None:
             return
@@ -277,9 +367,9 @@ class _AddressMap:
         if not rows:
             del self._levels[level]
 
-    def find(self, low: int, high: int) -> set[int]:
+    def find(self, low: int, high: int) -> set[Any]:
         """Keys whose stretch shares a byte with ``[low, high)``."""
-        found: set[int] = set()
+        found: set[Any] = set()
         if low >= high:
             return found
         for level, rows in self._levels.items():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchguard import _torch
+from torchguard._counts import COUNTS
 from torchguard._model import Span
 
 #: Types whose attributes can be read without calling user code.
@@ -165,7 +166,8 @@ def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's memory as uint8."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    # A single element is contiguous whatever its stride, and is viewed as bytes only if that is 1.
+    return tensor.detach().reshape(-1).as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = ()) -> dict[int, torch.Tensor]:
@@ -188,6 +190,7 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
         low = min(reach.start for reach in reaches) // _ALIGNMENT * _ALIGNMENT
         high = max(reach.stop for reach in reaches)
         storage = inner[0].untyped_storage()
+        COUNTS.copies += 1
         memory = over(storage, torch.uint8, low, (high - low,), (1,)).clone().untyped_storage()
         for given, tensor, reach in zip(group, inner, reaches, strict=True):
             offset = (reach.start - low) // tensor.element_size()
@@ -198,7 +201,9 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
 
 def can_be_copied(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether a copy (see :func:`replicas_of`) would be such a tensor as each of these is."""
-    return not any(tensor.is_conj() or tensor.is_neg() or tensor.is_quantized for tensor in tensors)
+    return not any(
+        tensor.is_conj() or tensor.is_neg() or tensor.is_quantized or _torch.parts_of(tensor) for tensor in tensors
+    )
 
 
 #: No element type is wider.
@@ -210,6 +215,21 @@ def _reach_in_storage(tensor: torch.Tensor) -> range:
     itemsize = tensor.element_size()
     start = int(tensor.storage_offset()) * itemsize
     return range(start, start + _extent(tensor) * itemsize)
+
+
+def stretch_in_storage(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """First and one past the last byte that the tensor reaches, counted from the beginning of its storage; None where
+    that cannot be told.
+    """
+    try:
+        with _torch.no_torch_function():
+            tensor = _torch.behind(tensor)
+            if tensor.layout is not torch.strided:
+                return None
+            reach = _reach_in_storage(tensor)
+            return reach.start, reach.stop
+    except NO_MEMORY:
+        return None
 
 
 def end_in_storage(tensor: torch.Tensor) -> int:
@@ -323,7 +343,8 @@ def any_within(tensor: torch.Tensor, elements: torch.Tensor, span: Span) -> bool
     low = here.bounds[0]
     picked = elements.view(tensor.shape)
     mask = torch.zeros(_extent(tensor), dtype=torch.bool, device=tensor.device)
-    mask.as_strided(tensor.shape, tensor.stride(), 0).copy_(picked)
+    offsets = torch.arange(_extent(tensor), device=tensor.device).as_strided(tensor.shape, tensor.stride())
+    mask[offsets[picked]] = True  # by offsets, because elements of an expanded tensor lie over each other
     return touched_elements(mask.repeat_interleave(tensor.element_size()), low, span) > 0
 
 

@@ -11,11 +11,14 @@ import linecache
 import os
 import re
 import sys
+from collections.abc import Callable
 from itertools import islice
 from types import CodeType, FrameType
+from typing import Any
 
 import torch
 
+from torchguard import _torch
 from torchguard._model import Place
 
 #: A code object and the offset of an instruction in it; None where no Python code was on the stack.
@@ -53,16 +56,43 @@ def is_library(filename: str) -> bool:
 
 def user_instruction(frame: FrameType | None) -> Instruction:
     """The innermost instruction on the stack from ``frame`` on that is in neither torch nor torchguard."""
-    while frame is not None:
-        code = frame.f_code
-        filename = code.co_filename
-        inside = inside_library.get(filename)
-        if inside is None:
-            inside = _library(filename)
-        if not inside:
-            return code, frame.f_lasti
-        frame = frame.f_back
-    return None
+    inside: Any = inside_library
+    at: Any = frame
+    while True:
+        try:  # a loop without calls: half the cost of a save is the walk
+            while inside[(code := at.f_code).co_filename]:
+                at = at.f_back
+        except KeyError:
+            _library(at.f_code.co_filename)
+        except AttributeError:
+            return None  # past the outermost frame
+        else:
+            return code, at.f_lasti
+
+
+def user_instruction_above(
+    depth: int,
+    getframe: Callable[[int], Any] = sys._getframe,
+    inside: dict[str, bool] = inside_library,
+    call_impl: CodeType | None = _torch.CALL_IMPL,
+) -> Instruction:
+    """The same, from the frame ``depth`` frames above that of the caller on.
+
+    It looks frames up by their depth, which steps over those that it need not see: what calls ``_call_impl`` of a
+    module is its ``__call__``. Every frame that is looked at has a Python object made for it.
+    """
+    depth += 1
+    try:
+        while True:
+            frame = getframe(depth)
+            code = frame.f_code
+            if not inside[code.co_filename]:
+                return code, frame.f_lasti
+            depth += 2 if code is call_impl else 1
+    except KeyError:  # a file that was not met yet
+        return user_instruction(frame)
+    except ValueError:  # past the outermost frame
+        return None
 
 
 def called_from(frame: FrameType | None, files: tuple[str, ...]) -> bool:

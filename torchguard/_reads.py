@@ -16,9 +16,10 @@ import torch
 from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
 from torchguard._aliases import ALIASES, AliasRecord
 from torchguard._audit import SYNCHRONOUS, put_off
+from torchguard._counts import SLOW_PATH
 from torchguard._exports import EXPORTS, Export
 from torchguard._rereads import Reread
-from torchguard._saves import LEDGER, Save
+from torchguard._saves import LEDGER, Part, Save
 from torchguard._violation import Kind
 
 #: A save's version once its tensor was detached in place, which PyTorch refuses to unpack.
@@ -34,6 +35,9 @@ class _Collector(threading.local):
 
 
 collector = _Collector()
+
+#: Not empty while any thread wants to know: cheaper to ask than its own.
+collecting: list[None] = []
 
 
 def make_unpack() -> Callable[[Save], torch.Tensor]:
@@ -63,7 +67,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
             return error.with_traceback(None)
 
     def unpack(save: Save) -> torch.Tensor:
-        if collector.saves is not None:
+        if collecting and collector.saves is not None:
             collector.saves.append(save)
             if collector.unjudged:
                 return save.tensor
@@ -104,9 +108,19 @@ def _refuse(save: Save) -> None:
     raise _refusal.refusal(save.tensor, save.version, node, save.output)
 
 
+def let_go(tensor: torch.Tensor) -> None:
+    """Drop the weak holds on a view that was written in place: something asks for one without weak references."""
+    storage = _memory.storage_of(tensor)
+    for save in LEDGER.in_storage(storage) if storage else ():
+        if save.remarks is not None and save.remarks.view is not None and save.remarks.view() is tensor:
+            save.remarks.view = None
+
+
 def _examine(save: Save) -> torch.Tensor | None:
     """Judge a save that there is something to say about; what backward is to read in its place, if anything."""
     remarks = save.remark()
+    for part in remarks.parts:
+        examine_stashed(part)
     if remarks.awaits is not None:
         awaits, remarks.awaits = remarks.awaits, None
         awaits()
@@ -120,18 +134,19 @@ def _examine(save: Save) -> torch.Tensor | None:
     seen = rebound or remarks.compare or remarks.suspect is not None
     if not seen and not refused and (not remarks.exports or remarks.proof is None):
         return None
-    if not refused and save.is_intact:
-        remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
-        return None
-    if is_unused(save):
-        return None
-    if rebound:
-        kind: Kind = "rebind"
-    elif remarks.audited and remarks.writer is None and remarks.suspect is None and not refused:
-        kind = kind_if_changed
-    else:
-        kind = "unseen" if seen else "tracked" if refused else "exported"
-    return _report(save, kind)
+    with SLOW_PATH:
+        if not refused and save.is_intact:
+            remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
+            return None
+        if is_unused(save):
+            return None
+        if rebound:
+            kind: Kind = "rebind"
+        elif remarks.audited and remarks.writer is None and remarks.suspect is None and not refused:
+            kind = kind_if_changed
+        else:
+            kind = "unseen" if seen else "tracked" if refused else "exported"
+        return _report(save, kind)
 
 
 def is_unused(save: Save) -> bool:
@@ -144,10 +159,12 @@ def is_unused(save: Save) -> bool:
     found: list[Save] = []
     collector.saves = found
     collector.unjudged = True
+    collecting.append(None)
     try:
         for read in _torch.unused_by_reader():
             read()
     finally:
+        collecting.pop()
         collector.saves = outer
         collector.unjudged = False
     return any(other is save for other in found)
@@ -155,16 +172,16 @@ def is_unused(save: Save) -> bool:
 
 def _report(save: Save, kind: Kind) -> torch.Tensor | None:
     remarks = save.remark()
-    alias: AliasRecord | Export | None = _export_behind(save) if kind == "exported" else remarks.suspect
+    alias: AliasRecord | Export | None = export_behind(save) if kind == "exported" else remarks.suspect
     read = _places.user_instruction(sys._getframe(1))
     operation, written = "x.data = y" if kind == "rebind" else "", read
     aliased = None if alias is None else alias.instruction
     if remarks.writer is not None and kind == "unseen":
         kind, operation, written = remarks.writer
         aliased = aliased or remarks.alias
-    if remarks.stashed:
-        kind = "stashed"
-    if _verdict.can_be_repaired(save):
+    if remarks.stashed and kind != "exported":
+        kind = "wrapped" if isinstance(save, Part) else "stashed"
+    if not isinstance(save, Part) and _verdict.can_be_repaired(save):
         healed = _verdict.repair(save, kind, operation, aliased=aliased, written=written, read=read)
         if healed is not None:
             return healed
@@ -187,7 +204,7 @@ def _report(save: Save, kind: Kind) -> torch.Tensor | None:
     return None
 
 
-def _export_behind(save: Save) -> Export:
+def export_behind(save: Save) -> Export:
     """The export through which a save was written to: the first that reaches an element that differs."""
     remarks = save.remark()
     exports, proof = remarks.exports, remarks.proof

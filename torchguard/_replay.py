@@ -22,6 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from torchguard import _memory, _torch
+from torchguard._counts import COUNTS
 from torchguard._reads import make_unpack
 from torchguard._rereads import Reread
 from torchguard._saves import make_pack
@@ -47,6 +48,7 @@ class _Shadow:
 
     def __init__(self, tensor: torch.Tensor, blame: set[Reread]) -> None:
         whole = _over(tensor.untyped_storage(), tensor, torch.uint8, 0, (tensor.untyped_storage().nbytes(),), (1,))
+        COUNTS.copies += 1
         self.memory = whole.clone().untyped_storage()
         self.blame = blame
         self.held = tensor.detach()  # its storage's identity is not to be used again meanwhile

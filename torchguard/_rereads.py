@@ -22,6 +22,7 @@ import torch
 
 from torchguard import _memory, _places, _policy
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
+from torchguard._exports import EXPORTS
 from torchguard._saves import LEDGER, Save
 
 #: Stands for a tensor that is gone: it has no memory that anything could overlap.
@@ -69,6 +70,7 @@ class Reread(Save):
             ALIASES.sync(storage)
             if ALIASES.arm(storage, tensor):
                 self.keep_proof(PROOF_BYTES_AT_SAVE)
+        EXPORTS.meet(self, storage, tensor.grad_fn)
         LEDGER.add(self)
 
     @property
@@ -143,6 +145,8 @@ class Reread(Save):
         if remarks is not None:
             remarks.suspect = remarks.guard = remarks.writer = remarks.proof = None
             remarks.compare = False
+            if remarks.exports:
+                self.keep_proof()
 
 
 def note_write(entries: Iterable[Reread], operation: str) -> None:

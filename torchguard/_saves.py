@@ -6,7 +6,8 @@ no garbage collector sees. A save does the same: what it keeps alive, and what `
 what it would be without the guard.
 
 An output is told from an input by the sequence number of the node that made it: the node that is saving right
-now is the one created last in this thread.
+now is the one created last in this thread, but for those of views that were out of date (see ``made_last``). These
+are looked for only where a tensor is new to Python, or was written in place: any other can be no output.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 from torchguard import _fingerprint, _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS, PROOF_BYTES_AT_SAVE, AliasRecord
+from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._exports import EXPORTS, FRESH, OWN_NODES, Export
 from torchguard._ledger import Extent, Ledger
 from torchguard._violation import Kind
@@ -35,6 +37,9 @@ _FILE_AT = 4096
 
 #: The type of node that a view has once it was written in place.
 _VIEW_NODE = type(torch.ones(1, requires_grad=True).as_strided((1,), (1,)).grad_fn)
+
+#: The type of node that a copy has.
+_COPY_NODE = type(torch.ones(1, requires_grad=True).clone().grad_fn)
 
 #: With ``every_call`` an operation is called from the override: what called the override is its caller.
 OWN_FILES = frozenset(
@@ -53,6 +58,7 @@ class Remarks:
         "audited",
         "awaits",
         "compare",
+        "contents",
         "exports",
         "fingerprint",
         "guard",
@@ -74,7 +80,7 @@ class Remarks:
         #: A copy of the saved bytes.
         self.proof: torch.Tensor | None = None
         #: The same of a save without memory of its own (sparse, nested, ...): of each tensor that it is made of.
-        self.parts: list[torch.Tensor] | None = None
+        self.contents: list[torch.Tensor] | None = None
         #: Whether the copy was made when it was saved, whoever may write.
         self.audited = False
         #: Whether the bytes decide at the read: a trusted or a silent writer has been at work.
@@ -99,6 +105,8 @@ class Remarks:
         self.exports: list[Export] = []
         #: Whether the copy is kept for the exports alone, maybe together with other saves.
         self.lent = False
+        #: What stands for the tensors inside, where it is a subclass that wraps others.
+        self.parts: tuple[Part, ...] = ()
         #: Whether code outside torch has written to it already, where nothing allowed it.
         self.spoilt = False
         #: Where the output is a view that was written in place, a weak hold on it: PyTorch names its node in
@@ -168,7 +176,7 @@ class Save:
                 return
             remarks.lent = False
             if remarks.proof is None and _memory.span_of(tensor) is not None and _memory.readable(tensor):
-                remarks.proof = tensor.detach().clone()
+                remarks.proof = copy_of(tensor)
 
     def keep_small_proof(self, at_most: int) -> None:
         """The same for a write that nobody will see coming.
@@ -203,8 +211,8 @@ class Save:
             self.keep_proof()
             if remarks.proof is None:
                 parts = _memory.parts_of(self.tensor)
-                remarks.parts = [part.detach().clone() for part in parts] or None
-        remarks.audited = remarks.compare = remarks.proof is not None or remarks.parts is not None
+                remarks.contents = [part.detach().clone() for part in parts] or None
+        remarks.audited = remarks.compare = remarks.proof is not None or remarks.contents is not None
 
     def let_bytes_decide(
         self, kind: Kind, operation: str, here: _places.Instruction, aliased: _places.Instruction = None
@@ -258,8 +266,8 @@ class Save:
         remarks = self.remarks
         if remarks is None:
             return False
-        if remarks.parts is not None:
-            return _memory.same_parts(_memory.parts_of(self.tensor), remarks.parts)
+        if remarks.contents is not None:
+            return _memory.same_parts(_memory.parts_of(self.tensor), remarks.contents)
         proof = remarks.proof
         return proof is not None and _memory.readable(self.tensor) and _memory.same_bytes(self.tensor, proof)
 
@@ -293,6 +301,7 @@ class Save:
         """The tensor that was saved may lie elsewhere now."""
         if self.node is None:
             storage = _memory.storage_of(self.tensor)
+            LEDGER.lies_elsewhere(self.storage)
             if storage != self.storage:
                 self.storage = storage
                 if not any(save is self for save in LEDGER.in_storage(storage)):
@@ -309,7 +318,7 @@ class Save:
                 remarks.fingerprint = _fingerprint.of(self.tensor)
                 remarks.compare = remarks.fingerprint is not None
             if remarks.audited:
-                remarks.proof = remarks.parts = None
+                remarks.proof = remarks.contents = None
                 self.keep_contents()
             elif remarks.proof is not None and not remarks.spoilt:
                 remarks.proof = None
@@ -338,6 +347,32 @@ class Save:
         return "" if self.inner_code is None else _places.operation_of((self.inner_code, self.inner_offset))
 
 
+class Part(Save):
+    """A tensor inside a saved subclass that wraps others. PyTorch looks at the wrapper's version only."""
+
+    __slots__ = ()
+
+    def __init__(self, whole: Save, tensor: torch.Tensor) -> None:
+        for name in ("code", "offset", "inner_code", "inner_offset"):
+            setattr(self, name, getattr(whole, name))
+        self.tensor, self.node, self.output = tensor, None, 0
+        self.version, self.storage = _memory.version_of(tensor), _memory.storage_of(tensor)
+        self.remarks = None
+        self.remark().stashed = True
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A copy that is proof of the saved bytes; None where there is no room for it, which must not end the program."""
+    try:
+        with SLOW_PATH:
+            COUNTS.copies += 1
+            return tensor.detach().clone()
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        _policy.note_unwatched(f"the bytes of some saves: they could not be copied ({reason})")
+        return None
+
+
 def operation_of_node(name: str) -> str:
     """``"LinalgSvdBackward0"`` -> ``"linalg_svd"``; a custom Function keeps its own name."""
     stem, backward, number = name.partition("Backward")
@@ -348,6 +383,11 @@ def operation_of_node(name: str) -> str:
 
 def _extent_of(save: Save) -> Extent | None:
     return extent_of(save.tensor)
+
+
+def _reach_of(save: Save) -> tuple[int, int] | None:
+    # Of the other kinds, a version is watched that moves wherever in the storage somebody writes.
+    return _memory.stretch_in_storage(save.tensor) if type(save) is Save else None
 
 
 def is_foreign(tensor: torch.Tensor) -> bool:
@@ -378,8 +418,9 @@ def extent_of(tensor: torch.Tensor) -> Extent | None:
 
 
 #: The live saves of this process.
-LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_all_dead)
+LEDGER: Ledger[Save] = Ledger(_extent_of, _is_foreign, on_empty=ALIASES.forget_all_dead, reach_of=_reach_of)
 ALIASES.live_saves = LEDGER.in_storage
+ALIASES.any_live_save = LEDGER.any_in_storage
 
 
 def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Tensor], Save]:
@@ -390,12 +431,16 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
     pending = LEDGER.pending
     file = LEDGER.file
     append = pending.append
-    plain = _memory.PLAIN_TYPES
+    tensor_type, parameter_type = torch.Tensor, torch.nn.Parameter
+    no_memory = _memory.NO_MEMORY
     mode_active = _torch.function_mode_active
     storage_id = _torch.storage_id
     next_number = _torch.next_sequence_number
+    made_last = _torch.made_last
+    node_type, generic_node = _torch.node_type, _torch.GENERIC_NODE
     inside_library = _places.inside_library
     user_instruction = _places.user_instruction
+    user_instruction_above = _places.user_instruction_above
     young = ALIASES.young
     aliases = ALIASES.by_storage
     getframe = sys._getframe
@@ -403,42 +448,81 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
     exports = EXPORTS.by_storage
     dead_exports = EXPORTS.dead
     references = sys.getrefcount
-    fresh_and_saved = FRESH + 1
     first = next_number()
     own_nodes = OWN_NODES
-    new = Save.__new__
     own_files = OWN_FILES
     view_node = _VIEW_NODE
+    # What an operation saves, it saves between two nodes of its thread, and from one instruction: the way from there
+    # to the user's code is walked once. (One tuple, so that a thread never sees half of what another wrote.)
+    walked: tuple[Any, ...] = (None, None, 0, None, 0)
+    # Code of the user's that has saved last: its file need not be looked at again.
+    of_user: CodeType | None = None
 
-    def record(tensor: torch.Tensor, storage: int) -> Save:
-        save = new(Save)  # attribute by attribute: half the time of a constructor with ten arguments
+    def pack(tensor: torch.Tensor, depth: int = 1) -> Save:
+        nonlocal walked, of_user
+        kind = type(tensor)
+        if (kind is tensor_type or kind is parameter_type) and depth == 1:
+            if mode_active():
+                return pack_exotic(tensor, 3)
+            try:
+                storage = storage_id(tensor)
+            except no_memory:  # sparse, opaque, a functorch wrapper
+                return pack_exotic(tensor, 3)
+        elif depth == 1:
+            return pack_exotic(tensor, 3)
+        else:
+            storage = _memory.storage_of(tensor)
+        save = Save()  # attribute by attribute: half the time of a constructor with ten arguments
         save.remarks = None
         save.storage = storage
         save.version = tensor._version
+        number = next_number()
         try:
-            frame: Any = getframe(2)
+            frame: Any = getframe(depth)
         except ValueError:  # an autograd thread: no Python code on the stack
             frame = None
             save.code = save.inner_code = None
             save.offset = save.inner_offset = 0
         else:
-            code = save.code = frame.f_code
-            save.offset = frame.f_lasti
-            if inside_library.get(code.co_filename) is not False:
+            code = frame.f_code
+            offset = frame.f_lasti
+            if code is of_user:
+                save.code = code
+                save.offset = offset
+            elif walked[0] == number and walked[1] is code and walked[2] == offset:
+                save.code = walked[3]
+                save.offset = walked[4]
+            elif inside_library.get(code.co_filename) is False:
+                save.code = of_user = code
+                save.offset = offset
+            elif code.co_filename in own_files:
                 while code.co_filename in own_files and frame.f_back is not None:
                     frame = frame.f_back
                     code = frame.f_code
+                offset = frame.f_lasti
                 found = user_instruction(frame)
                 save.code, save.offset = found if found is not None else (None, 0)
+            else:
+                found = user_instruction_above(depth)
+                save.code, save.offset = found if found is not None else (None, 0)
+                if number >= 0:  # torch may not tell
+                    walked = (number, code, offset, save.code, save.offset)
             save.inner_code = code
-            save.inner_offset = frame.f_lasti
+            save.inner_offset = offset
         grad_fn = tensor.grad_fn
         if grad_fn is not None and (
-            (made := grad_fn._sequence_nr()) == (number := next_number()) - 1
+            (made := grad_fn._sequence_nr()) == number - 1
             or number < 0  # this torch does not tell: never risk a cycle
             or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
+            or (
+                (save.version or exotic or references(tensor) <= FRESH + depth - 2)
+                and made_last(grad_fn, number - _copied_itself(save))
+            )
         ):
-            node = save.node = type(grad_fn)
+            node: Any = type(grad_fn)
+            if node is generic_node:
+                node = node_type(grad_fn)
+            save.node = node
             save.output = tensor.output_nr
             save.tensor = tensor.detach()
             if node is view_node:
@@ -449,32 +533,35 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
                 before = None
             if before is not None and before.node is None and before.inner_offset == save.inner_offset:
                 _mend_foreach(node, made, save.inner_code)
-            may_be_older = save.version > 0 or node not in own_nodes
         else:
-            save.node = None
+            save.node = node = None
             save.output = 0
             save.tensor = tensor
-            base = tensor._base
-            if base is not None:
+        if storage in young or storage in aliases:
+            latest = young.get(storage)
+            if latest is not None and latest[0]() is None:
+                young.pop(storage, None)  # a temporary of the last step
+            if storage in young or storage in aliases:
+                ALIASES.sync(storage)
+                if ALIASES.arm(storage, tensor):
+                    save.keep_small_proof(PROOF_BYTES_AT_SAVE)
+        if storage in exports:
+            known = exports.get(storage)
+            if known is not None and known.exports:
+                EXPORTS.keep(save, known)
+        else:
+            if node is None and (base := tensor._base) is not None:
                 grad_fn = base.grad_fn
             if grad_fn is None:
-                may_be_older = base is not None or references(tensor) > fresh_and_saved
-            else:
+                # Under one more holder than a fresh tensor: the save.
+                may_be_older = tensor._base is not None or references(tensor) > FRESH + depth - 1
+            elif node is None:
                 # Written in place, the node is younger than the memory.
                 may_be_older = save.version > 0 or grad_fn._sequence_nr() < first or type(grad_fn) not in own_nodes
-        latest = young.get(storage)
-        if latest is not None and latest[0]() is None:
-            young.pop(storage, None)  # a temporary of the last step
-        if storage in young or storage in aliases:
-            ALIASES.sync(storage)
-            if ALIASES.arm(storage, tensor):
-                save.keep_small_proof(PROOF_BYTES_AT_SAVE)
-        known = exports.get(storage)
-        if known is not None:
-            if known.exports:
-                EXPORTS.keep(save, known)
-        elif may_be_older:
-            EXPORTS.ask(save, storage, grad_fn)
+            else:
+                may_be_older = save.version > 0 or node not in own_nodes
+            if may_be_older:
+                EXPORTS.ask(save, storage, grad_fn)
         if dead_exports:
             EXPORTS.settle_dead()
         append(ref(save))
@@ -484,12 +571,16 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             save.keep_contents()
         return save
 
-    def record_exotic(tensor: torch.Tensor) -> Save:
-        storage = _memory.storage_of(tensor)
+    def pack_exotic(tensor: torch.Tensor, depth: int = 2) -> Save:
         with disabled():
-            save = record(tensor, storage)
-        save.remark()  # a save with remarks is read with user code kept out
-        if _memory.span_of(tensor) is None and tensor.device.type != "meta" and save.remark().parts is None:
+            save = pack(tensor, depth)
+        remarks = save.remark()  # a save with remarks is read with user code kept out
+        if _memory.span_of(tensor) is None:
+            remarks.parts = tuple(
+                Part(save, inner) for inner in _torch.parts_of(save.tensor) if _memory.storage_of(inner)
+            )
+            pending.extend(ref(part) for part in remarks.parts)
+        if not (remarks.parts or remarks.contents) and _memory.span_of(tensor) is None and tensor.device.type != "meta":
             layout = str(tensor.layout).removeprefix("torch.")
             _policy.note_unwatched(
                 f"{type(tensor).__name__} of layout {layout}: no memory to compare writes with; "
@@ -497,16 +588,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             )
         return save
 
-    def pack(tensor: torch.Tensor) -> Save:
-        if type(tensor) in plain and not mode_active():
-            try:
-                storage = storage_id(tensor)
-            except _memory.NO_MEMORY:  # sparse, opaque, a functorch wrapper
-                return record_exotic(tensor)
-            return record(tensor, storage)
-        return record_exotic(tensor)
-
-    return record_exotic if exotic else pack
+    return pack_exotic if exotic else pack
 
 
 def _latest(most: int) -> list[ref[Save]]:
@@ -515,6 +597,20 @@ def _latest(most: int) -> list[ref[Save]]:
         return list(islice(reversed(LEDGER.pending), most))
     except RuntimeError:  # another thread saves or files
         return []
+
+
+def _copied_itself(save: Save) -> bool:
+    """Whether what is saving saved a copy of what it was about to write over: the copy has a node, too."""
+    for item in _latest(1):
+        before = item()
+        return (
+            save.version > 0
+            and before is not None
+            and before.node is _COPY_NODE
+            and before.inner_code is save.inner_code
+            and before.inner_offset == save.inner_offset
+        )
+    return False
 
 
 def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
@@ -530,7 +626,7 @@ def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
             return
         grad_fn: Any = save.tensor.grad_fn
         number -= 1
-        if not isinstance(grad_fn, node) or _torch.sequence_number(grad_fn) != number:
+        if grad_fn is None or _torch.node_type(grad_fn) is not node or _torch.sequence_number(grad_fn) != number:
             return
         save.node = node
         save.output = save.tensor.output_nr

@@ -132,6 +132,14 @@ def parse(line: str, source: str) -> Suppression | None:
     )
 
 
+_BY = " (suppressed by "
+
+
+def gave(reason: str | None) -> bool:
+    """Whether a reason to allow a violation is that of a suppression, and not of an ``allow`` block."""
+    return reason is not None and _BY in reason and reason.endswith(")")
+
+
 class Suppressions:
     """A list of them, which remembers which ones have matched."""
 
@@ -147,7 +155,7 @@ class Suppressions:
         for suppression in self.all:
             if suppression.matches(violation):
                 self.used.add(suppression.text)
-                return f"{suppression.reason} (suppressed by {suppression.source})"
+                return f"{suppression.reason}{_BY}{suppression.source})"
         return None
 
     def stale(self) -> list[Suppression]:
@@ -177,7 +185,9 @@ def read(
             return Suppressions(), [f"{source}: {getattr(error, 'strerror', None) or error}; nothing is suppressed"]
         source = os.path.relpath(source) if os.path.isabs(source) and _below_here(source) else source
     else:
-        lines = list(value)
+        lines = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(line, str) for line in lines):
+        return Suppressions(), [f"{source}: the path of a file, or lines of text, and not {value!r}"]
     found, problems = [], []
     for number, line in enumerate(lines, 1):
         try:

@@ -26,11 +26,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchguard import _config, _plain_report, _policy, _suppressions
+from torchguard import _config, _policy, _progress, _suppressions
 from torchguard._config import Config, Layer
 from torchguard._violation import Violation
 
 if TYPE_CHECKING:
+    from torchguard._report import ReportWriter
     from torchguard.guard import Guard
 
 Origin = Literal["arguments", "command line", "environment"]
@@ -62,6 +63,7 @@ def enable(
     exitcode: int | None = None,
     suppressions: str | os.PathLike[str] | Sequence[str] | None = None,
     max_reports: int | None = None,
+    progress: bool | int | None = None,
 ) -> Guard:
     """Switch the guard on for the whole process, all threads, until :func:`disable`; replaces one that is on.
 
@@ -71,11 +73,14 @@ def enable(
         mode: ``"strict"``, ``"warn"``, ...
         at: when to judge, see ``Guard``.
         every_call: see ``Guard``.
-        report: path to write the violations to, as they happen and at the end.
+        report: path to write the violations to, as they happen; ends in .jsonl, .json, .sarif, .html or .txt, and
+            ``%r``, ``%h``, ``%p`` stand for rank, host and process.
         exitcode: status to exit with if violations were reported and the program succeeded; unless given somewhere, the
             status is left alone.
         suppressions: path of a file, or a list of lines, with violations to live with.
         max_reports: how many sites to warn of.
+        progress: say now and then, on standard error, how far it is: True if that is a terminal, or every so many
+            seconds (from 2 up) wherever it leads.
 
     Raises:
         ValueError: for an argument that cannot be used.
@@ -90,6 +95,7 @@ def enable(
         "exitcode": exitcode,
         "suppressions": suppressions,
         "max_reports": max_reports,
+        "progress": progress,
     }
     arguments = Layer("enable()", given)
     alone, wrong = _config.resolve([arguments])
@@ -247,13 +253,16 @@ class Session:
         self.layers = list(layers)
         self.guard: Guard | None = None
         self.status: int | None = None
+        self._progress: _progress.Progress | None = None
         self._began = False
         self._beginning = False
         self._asked_to_exit: Any = None
         self._sites: dict[Any, list[Any]] = {}
+        self._report: ReportWriter | None = None
         self._lock = threading.RLock()
         self._concluded_in = self._finished_in = 0
         self._reported = 0
+        self._elsewhere = False  # whether child processes wrote reports
         parent = _parent() if origin == "environment" else None
         self._child = parent is not None
         name = f"torchguard-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
@@ -297,11 +306,14 @@ class Session:
             guard = Guard(**self.config.guard_keywords(), suppressions=self._suppressions)
             guard.listener = self._hear
             guard.max_reports = self.config.max_reports
+            self._open_report()
             guard.enter_everywhere()
             self.guard = guard
             self._began = True
             _cover_other_threads(guard)
             self._finish_with_multiprocessing()
+            if not self._child:
+                self._progress = _progress.begin(guard, self.config.progress, say)
         except Exception as error:
             say(f"could not be switched on: {type(error).__name__}: {error}")
         finally:
@@ -310,12 +322,20 @@ class Session:
     def pause(self) -> None:
         """Switch the guard off."""
         guard, self.guard = self.guard, None
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.end()
         if guard is not None:
             guard.leave()
+            if self._report is not None:
+                for what in guard.unwatched:
+                    self._report.note_unwatched(what)
 
     def change(self, config: Config) -> None:
         """Go on under another configuration."""
         self.pause()
+        if config.report != self.config.report:
+            self._close_report()
         if config.suppressions != self.config.suppressions:
             self.config = config
             self._read_suppressions()
@@ -324,6 +344,7 @@ class Session:
     def abandon(self) -> None:
         """Switch off and say nothing at the end."""
         self.pause()
+        self._close_report()
         self._forget()
 
     def _forget(self) -> None:
@@ -337,6 +358,8 @@ class Session:
         """Take a violation down; what cannot be written down must not hurt the program."""
         try:
             with self._lock:
+                if self._report is not None:
+                    self._add_to_report(violation)
                 key = (violation.site, violation.allowed)
                 entry = self._sites.get(key)
                 if entry is not None:
@@ -347,8 +370,6 @@ class Session:
                     self._watch_exit()
                 if self._child:
                     self._post(violation)
-                if self.config.report is not None:
-                    self._write_report()
         except Exception as error:
             say(f"a violation could not be written down: {type(error).__name__}: {error}")
 
@@ -356,24 +377,27 @@ class Session:
         with self._lock:
             return [dataclasses.replace(violation, times=times) for violation, times in self._sites.values()]
 
-    def _write_report(self) -> None:
-        path = self._report_path()
+    def _open_report(self) -> None:
+        """Open the report that is asked for, if it is not open; what was found before is in it, too."""
+        if self.config.report is None or self._report is not None:
+            return
         try:
-            _plain_report.write(self._all(), path)
-        except OSError as error:
-            say(f"the report cannot be written to {path}: {error.strerror or error}")
+            from torchguard._report import open_report
 
-    def _report_path(self) -> str:
-        assert self.config.report is not None
-        rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-        path = self.config.report.replace("%p", str(os.getpid())).replace("%r", rank or "0")
-        stem, suffix = os.path.splitext(path)
-        # Two processes must not write to one file.
-        if rank is not None and "%r" not in self.config.report:
-            stem += f".rank{rank}"
-        if self._child and "%p" not in self.config.report:
-            stem += f".pid{os.getpid()}"
-        return stem + suffix
+            self._report = open_report(self.config.report, say)
+        except Exception as error:  # the program is to run all the same
+            say(str(error))
+        for violation in self._all():
+            self._add_to_report(violation)
+
+    def _add_to_report(self, violation: Violation) -> None:
+        if self._report is not None:
+            self._report.add(violation, suppressed=_suppressions.gave(violation.allowed))
+
+    def _close_report(self) -> None:
+        report, self._report = self._report, None
+        if report is not None:
+            report.close()
 
     def _watch_exit(self) -> None:
         """From the first violation on: nothing else tells ``sys.exit(1)`` from success."""
@@ -397,6 +421,7 @@ class Session:
         self._lock = threading.RLock()
         self._sites = {}
         self._child = True
+        self._progress = None
         if self.guard is not None:
             from torchguard._findings import Findings
 
@@ -417,7 +442,8 @@ class Session:
 
     def _post(self, violation: Violation) -> None:
         if violation.allowed is None:
-            self._mail_to_parent({"line": _line_of(violation) + f"  ({_name_of_process()})"})
+            reported = self._report is not None and bool(self._report.path)
+            self._mail_to_parent({"line": f"{_line_of(violation)}  ({_name_of_process()})", "reported": reported})
         else:
             self._mail_to_parent({"used": sorted(self._suppressions.used)})
 
@@ -437,6 +463,7 @@ class Session:
             os.unlink(self._mail)
             for letter in letters:
                 self._suppressions.used.update(letter.get("used", ()))
+                self._elsewhere = self._elsewhere or bool(letter.get("reported"))
                 if "line" in letter:
                     lines.append(letter["line"])
         return lines
@@ -459,13 +486,11 @@ class Session:
         self._concluded_in = os.getpid()
         try:
             self.pause()
+            if self._report is not None:
+                self._report.close()
             if self._child:
-                if self._sites and self.config.report is not None:
-                    self._write_report()
                 return
             told = self._collect_mail()
-            if self.config.report is not None and self.config.mode != "off":
-                self._write_report()
             mine = [violation for violation in self._all() if violation.allowed is None]
             self._reported = len(mine) + len(told)
             self._sum_up(mine, told)
@@ -487,8 +512,12 @@ class Session:
                 _print(f"  {line}")
             if most is not None and len(lines) > most:
                 _print(f"  and {len(lines) - most} more (max_reports={most})")
-            if count and self.config.report is not None and mine:
-                _print(f"  report: {self._report_path()}")
+            if count and self._report is not None and os.path.exists(self._report.path):
+                _print(f"  report: {self._report.path}")
+                if self._elsewhere:
+                    stem, suffix = os.path.splitext(self._report.path)
+                    others = "and those of other processes beside it, to make one of them"
+                    _print(f"          {others}: torchguard merge {stem}*{suffix} -o OUT.html")
         if self._began:
             for suppression in self._suppressions.stale():
                 say(f"{suppression.source} matches nothing any more, take it out: {suppression.text}")

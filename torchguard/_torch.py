@@ -227,6 +227,23 @@ def can_be_replaced(tensor: torch.Tensor) -> bool:
     return not (is_over and any(_is_batch_wrapper(level) for level in levels[1:]))
 
 
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with memory that a subclass holds which wraps others (DTensor, ...), ``[]`` for any other tensor.
+
+    What is written to the wrapper is written to these, below autograd, where no version counter moves.
+    """
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
+    if flatten is None:
+        return []
+    parts: list[torch.Tensor] = []
+    with no_torch_function():
+        for name in flatten(tensor)[0]:
+            inner = getattr(tensor, name, None)
+            if isinstance(inner, torch.Tensor):
+                parts += parts_of(inner) or [inner]
+    return parts
+
+
 def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """``memory`` in the wrappers that ``tensor`` has; those of transforms that are over are left out."""
     for wrapper in reversed(list(levels_of(tensor))[:-1]):
@@ -272,6 +289,33 @@ def sequence_number(node: Any) -> int:
 def made_since(node: Any, number: int) -> bool:
     """Whether this thread made the node since the next sequence number was ``number``; never a leaf's."""
     return number <= int(node._sequence_nr()) < next_sequence_number()
+
+
+def made_last(node: Any, number: int) -> bool:
+    """Whether ``node`` is the latest, ``number`` being the next sequence number, but for those that its inputs made.
+
+    A view whose base was written in place makes its node when an operation asks for it, and that operation has its own
+    by then. Every other input's node is older than the operation's.
+    """
+    return int(node._sequence_nr()) == number - 1 or any(
+        following is not None and int(following._sequence_nr()) == number - 1 for following, _ in node.next_functions
+    )
+
+
+#: The type of all nodes that have none of their own in Python.
+GENERIC_NODE: type = type(torch._foreach_exp([torch.ones(1, requires_grad=True)])[0].grad_fn)
+_named_nodes: dict[str, type] = {}
+
+
+def node_type(node: Any) -> type:
+    """The type of a node, named as PyTorch names it: for those without one in Python, a type that stands for it."""
+    kind = type(node)
+    if kind is not GENERIC_NODE:
+        return kind
+    name = str(node.name())
+    if name not in _named_nodes:
+        _named_nodes[name] = type(name, (), {})
+    return _named_nodes[name]
 
 
 _SAVED = "_raw_saved_"
@@ -394,6 +438,18 @@ def without_hooks() -> Iterator[None]:
     finally:
         for pair in reversed(lifted):
             _push(*pair)
+
+
+# ---- modules -----------------------------------------------------------------------------------------------
+# On the way up the stack from an operation, two frames in three are those of a module being called.
+
+_module_call = getattr(torch.nn.Module, "_wrapped_call_impl", None)
+#: Code of the method that nothing but ``Module.__call__`` calls; None where this torch has another way.
+CALL_IMPL: CodeType | None = (
+    getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
+    if _module_call is not None and torch.nn.Module.__call__ is _module_call
+    else None
+)
 
 
 # ---- what else is patched ----------------------------------------------------------------------------------

@@ -10,7 +10,17 @@ from typing import Any, Literal
 from torchguard._model import Place
 
 Kind = Literal[
-    "write", "uncounted", "rebind", "unseen", "exported", "unchecked", "stashed", "recompute", "tracked", "invisible"
+    "write",
+    "uncounted",
+    "rebind",
+    "unseen",
+    "exported",
+    "unchecked",
+    "stashed",
+    "wrapped",
+    "recompute",
+    "tracked",
+    "invisible",
 ]
 
 
@@ -93,6 +103,15 @@ would finish with wrong gradients and no error.""",
         seen=False,
         unknown_writer="between the Function's forward and its backward",
     ),
+    "wrapped": _Wording(
+        "{write} to what a tensor subclass wraps",
+        """\
+Autograd saved the wrapper (a DTensor, say); what it wraps was written to, and the version counter of the
+wrapper does not move. Without torchguard, backward() would finish with wrong gradients and no error.""",
+        "do it after backward(), or write to the wrapper by an operation that moves its version counter",
+        seen=False,
+        unknown_writer="between save and read, by a call that is not patched: out=, torch.ops or an extension",
+    ),
     "recompute": _Wording(
         "{write}",
         """\
@@ -101,7 +120,7 @@ what weights, biases, buffers and masks hold by then. PyTorch checks none of the
 versions. Without torchguard, backward() would finish with wrong gradients and no error.""",
         "do it after backward(), or hand the tensor to checkpoint() as an argument, which autograd checks",
         seen=False,
-        unknown_writer="between forward and backward, by a call that is not patched: out=, torch.ops or an extension",
+        unknown_writer="between forward and backward, by code that is not patched: out=, torch.ops, NumPy or C++",
         verb="has changed a tensor that a checkpoint reads again in backward",
     ),
     "invisible": _Wording(
@@ -141,11 +160,11 @@ class SavedTensorCorruptionError(RuntimeError):
     """
 
     def __init__(self, violation: Violation) -> None:
-        super().__init__(violation)
+        super().__init__(str(violation))  # text: load_state_dict() and loggers put the arguments into texts of theirs
         self.violation = violation
 
-    def __str__(self) -> str:
-        return str(self.violation)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.violation,)
 
 
 class SavedTensorCorruptionWarning(UserWarning):
@@ -167,9 +186,10 @@ class Violation:
             ``"exported"`` (a write from outside torch, to memory that was handed to NumPy, DLPack or another
             process), ``"unchecked"`` (a write that moves the version, where the program's save hooks switch
             PyTorch's check off), ``"stashed"`` (any write, tracked or not, to what PyTorch reads without a look
-            at its version), ``"recompute"`` (any write to what a checkpoint reads again) or ``"tracked"`` (a write that
-            PyTorch sees and would refuse; only where it is repaired) or ``"invisible"`` (one that only the bytes gave
-            away, where those of every save are kept).
+            at its version), ``"wrapped"`` (a write to a tensor inside a subclass that wraps others, a DTensor say,
+            which does not move the version of the wrapper), ``"recompute"`` (any write to what a checkpoint reads
+            again), ``"tracked"`` (a write that PyTorch sees and would refuse; only where it is repaired) or
+            ``"invisible"`` (one that only the bytes gave away, where those of every save are kept).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
@@ -188,6 +208,7 @@ class Violation:
         allowed: the reason given to :func:`torchguard.allow`, or None.
         thread: name of the thread that wrote.
         times: how often this site was hit while the guard was on.
+        step: the step of the training that it was first hit in, if the guard was told (``Guard.step``).
     """
 
     kind: Kind
@@ -206,6 +227,7 @@ class Violation:
     thread: str = "MainThread"
     times: int = 1
     read: Place | None = None
+    step: int | None = None
     largest_difference: float | None = None
     repaired: bool = False
 
@@ -219,6 +241,32 @@ class Violation:
         data = dataclasses.asdict(self)
         data["shape"] = list(self.shape)
         return data
+
+    @property
+    def headline(self) -> str:
+        """What happened, in one line."""
+        return self._headline()
+
+    @property
+    def explanation(self) -> str:
+        """Why autograd cannot see it, and what follows."""
+        return " ".join(self._explanation())
+
+    @property
+    def ways_out(self) -> list[str]:
+        """What to do about it, a line each."""
+        return [" ".join(line.split()) for line in self._ways_out(lambda text, what: text)]
+
+    def timeline(self) -> list[tuple[str, Place | None, str]]:
+        """The life of the memory in order: saved, aliased, written, read; where, and what is known about it."""
+        return [
+            (
+                label,
+                place,
+                ", ".join(part for part in ("" if place else self._unknown(label).strip("()"), note) if part),
+            )
+            for label, place, note in self._places()
+        ]
 
     def __str__(self) -> str:
         return self.render()
@@ -234,6 +282,8 @@ class Violation:
             where, source = (str(place), place.source) if place else (self._unknown(label), "")
             body = "  ".join(part for part in (paint(where, "place"), source) if part)
             lines.append(f"  {paint(f'{label:<9}', 'label')} {body}{'     ' + note if note else ''}")
+        if self.step is not None:
+            lines.append(f"  {paint('step     ', 'label')} {self.step}")
         explanation = _REPAIRED.splitlines() if self.repaired else self._explanation()
         lines += ["", *(f"  {line}" for line in explanation), *self._ways_out(paint)]
         return "\n".join(lines)
@@ -266,7 +316,8 @@ class Violation:
         if self._writer_unknown:
             places.append(("written", None, ""))
             # Not compared, it is the whole save for all the guard knows.
-            bound = "up to " if self.kind in ("unseen", "recompute") and self.largest_difference is None else ""
+            unknown = self.kind in ("unseen", "recompute", "stashed", "wrapped") and self.largest_difference is None
+            bound = "up to " if unknown else ""
             places.append(("read", self.written, bound + changed))
         else:
             places.append(("written", self.written, changed))
@@ -302,3 +353,8 @@ class Violation:
         expression = self.aliased.expression if self.aliased else ""
         name = expression.removesuffix(".data")
         return name if name != expression and name.isprintable() and len(name) <= 30 else "x"
+
+
+# Tracebacks and warnings show the name that users import.
+for _public in (SavedTensorCorruptionError, SavedTensorCorruptionWarning, UnwatchedWarning, Violation):
+    _public.__module__ = "torchguard"

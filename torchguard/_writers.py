@@ -111,7 +111,10 @@ class Writer:
         return self.calls_back or self.collective
 
     def refused(self, target: torch.Tensor) -> bool:
-        """Whether PyTorch refuses the call because ``target`` requires grad."""
+        """Whether PyTorch refuses the call because ``target`` requires grad, but for what has no derivative.
+
+        ``logical_not_`` and its like it lets through. A rehearsal would not be refused.
+        """
         if not target.requires_grad or self.collective:
             return False
         return self.calls_back or (target.is_leaf and torch.is_grad_enabled())

@@ -20,6 +20,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
+from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._overlap import overlaps
 from torchguard._rereads import Reread, note_write, rereads_of, running
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
@@ -60,9 +61,16 @@ class Hit:
     elements: int = 0
 
 
-def saves_near(tensor: torch.Tensor, storage: int) -> list[Save]:
-    """Live saves that may lie over the tensor's memory, whatever storage they are in."""
-    saves = LEDGER.in_storage(storage)
+def saves_near(tensor: torch.Tensor, storage: int, touched: bool = False) -> list[Save]:
+    """Live saves in the tensor's storage, and those that lie over its memory in another one.
+
+    Args:
+        tensor: what is about to be written to, say.
+        storage: the identity of its storage.
+        touched: leave out, where the storage holds many, those that lie in another part of it.
+    """
+    reach = _memory.stretch_in_storage(tensor) if touched and LEDGER.is_crowded(storage) else None
+    saves = LEDGER.in_storage(storage) if reach is None else LEDGER.near(storage, *reach)
     if LEDGER.groups and (LEDGER.foreign or is_foreign(tensor := _torch.behind(tensor))):
         extent = extent_of(tensor)
         if extent is not None:
@@ -83,6 +91,7 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     """
     if not LEDGER.any_alive():
         return call(*args, **kwargs)
+    COUNTS.writes += 1
     if not _policy.state.guards:
         _note_thread()
     watched: list[int] = []
@@ -101,7 +110,8 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
                 one.put_down_to(writer.title, here)
             proven.clear()
     if hits:
-        error = _judge(writer, call, args, kwargs, hits)
+        with SLOW_PATH:
+            error = _judge(writer, call, args, kwargs, hits)
         if isinstance(error, _Done):
             rehearsal = error.rehearsal
             del error
@@ -191,27 +201,29 @@ def look(
     """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
     version PyTorch does not check and that therefore is to be expected to move.
     """
-    for target in writer.targets(args, kwargs):
+    targets = [(target, False) for target in writer.targets(args, kwargs)]
+    targets += [(part, True) for target, _ in targets for part in _torch.parts_of(target)]
+    for target, inside in targets:
         storage = _memory.storage_of(target)
         if not storage:
             continue
-        saves = saves_near(target, storage)
-        if not saves:
+        saves = saves_near(target, storage, touched=_policy.repairer() is None)
+        if not saves and not LEDGER.any_in_storage(storage):
             continue  # an alias's counter matters to live saves only
         if storage in ALIASES.by_storage or storage in ALIASES.young:
-            ALIASES.sync(storage, saves)
+            ALIASES.sync(storage)
             watched.append(storage)
         rereads = [save for save in saves if isinstance(save, Reread)]
         if rereads and not (writer.keeps_statistics and running.depth):  # a checkpoint's function may update its own
             note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
         saves = [save for save in saves if not isinstance(save, Reread)]
-        counted = writer.counts(target, args, kwargs)
+        counted = not inside and writer.counts(target, args, kwargs)
         repairs = _policy.repairer() is not None
         preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
         for save in saves:
             if not save.checked and not save.tracked:
                 seen.append(save)
-            if not _may_write_to(writer, target, save):
+            if not _may_write_to(target, save):
                 if repairs and counted and save.checked and not save.moved and save.shares_counter(target):
                     # Another part of it, but the version counts for all parts.
                     save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
@@ -228,14 +240,15 @@ def look(
                 save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
             elif repairs:
                 save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
+    if hits:  # a call that also writes to the saved tensor itself (``_foreach_``) moves its version: PyTorch refuses it
+        counting = [target for target in writer.targets(args, kwargs) if writer.counts(target, args, kwargs)]
+        hits[:] = [hit for hit in hits if hit.save.stashed or not any(map(hit.save.shares_counter, counting))]
 
 
-def _may_write_to(writer: Writer, target: torch.Tensor, save: Save) -> bool:
-    """Whether the call may write to the save's memory, and PyTorch refuses neither the call nor the save."""
+def _may_write_to(target: torch.Tensor, save: Save) -> bool:
+    """Whether the call may write to the save's memory, and PyTorch does not refuse the save."""
     if save.moved and not save.stashed:
         return False  # PyTorch refuses this save already
-    if not writer.keeps_statistics and writer.refused(target):
-        return False
     return _may_overlap(target, save)
 
 
@@ -287,7 +300,8 @@ def _answer(
     if not hits:
         return
     rehearsal: Rehearsal | None = None
-    if not _places.called_from(frame, _TRUSTED_FILES):
+    refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
+    if not refused and not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
             rehearsal = rehearse(writer, call, args, kwargs)
@@ -395,6 +409,8 @@ class Rehearsal:
 def rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rehearsal:
     """Make the call on copies of what it writes to."""
     targets = writer.targets(args, kwargs)
+    if any(_torch.parts_of(target) for target in targets):
+        raise NotImplementedError("a subclass that wraps others is not built anew over other memory")
     with _torch.hidden():
         if not _memory.can_be_copied(targets):
             return Rehearsal(targets, {})
@@ -438,8 +454,10 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     frame = sys._getframe(1)
     same = False
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
-        same = _same(tensor, value)
-        error = None if same else _judge_rebinding(saves, undecided)
+        COUNTS.writes += 1
+        with SLOW_PATH:
+            same = _same(tensor, value)
+            error = None if same else _judge_rebinding(saves, undecided)
         if error is not None:
             try:
                 raise error
@@ -561,13 +579,19 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0) -> None:
     """Take down an alias with a counter of its own; watch the counter at once where a live save needs it."""
     storage = _memory.storage_of(alias)
-    if not storage or version < 0:
+    if not storage:
         return
-    saves = LEDGER.in_storage(storage)
+    if version < 0:  # made in inference mode: it has no counter that would tell of a write
+        for save in LEDGER.in_storage(storage):
+            save.keep_proof(PROOF_BYTES_AT_ALIAS)
+            if save.is_proven:
+                save.remark().compare = True
+        return
     record = ALIASES.enter(alias, storage, here, version)
-    if saves:
+    if LEDGER.any_in_storage(storage):
         record.arm(alias)
-        for save in saves:
+        reach = _memory.stretch_in_storage(alias) if LEDGER.is_crowded(storage) else None
+        for save in LEDGER.in_storage(storage) if reach is None else LEDGER.near(storage, *reach):
             save.keep_small_proof(PROOF_BYTES_AT_ALIAS)
 
 

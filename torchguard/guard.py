@@ -8,12 +8,14 @@ import os
 import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
 from torchguard import _config, _hooks, _intercept, _policy, _reads, _suppressions
 from torchguard._findings import Findings
+from torchguard._stats import Stats, Tally
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,6 +37,11 @@ class _Block:
     def __call__(self, function: F) -> F:
         if not callable(function):
             raise TypeError(f"torchguard: {type(self).__name__.lower()}() decorates functions, not {function!r}")
+        if isinstance(function, type):
+            raise TypeError(
+                f"torchguard: {type(self).__name__.lower()}() decorates functions, not the class {function.__name__}: "
+                "decorate the methods that are to be watched"
+            )
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
@@ -112,6 +119,10 @@ class Guard(_Block):
             guard), at the cost of about a microsecond for every torch call.
         suppressions: violations to live with: path of a file, or lines ``GLOB[:LINE|:FUNCTION] [KIND] -- REASON``.
 
+    Attributes:
+        step: which step of the training this is, or a function that says so: what is found is reported with it. A
+            training loop sets it (``guard.step = i``); the trainers' callbacks do so themselves.
+
     Raises:
         ValueError: for an action, a moment or a depth that does not exist or a combination that makes no sense, or a
             suppression that cannot be read.
@@ -146,6 +157,9 @@ class Guard(_Block):
         self.listener: Callable[[Violation, bool], None] | None = None
         #: How many sites to warn of; None for all.
         self.max_reports: int | None = None
+        self.step: int | Callable[[], int] | None = None
+        #: Counts while it is on. (Used by torchguard.)
+        self.tally = Tally()
         self._warned = 0
         self._state: Literal["new", "entered", "left"] = "new"
         self._pairs: list[tuple[Any, int]] = []
@@ -160,6 +174,8 @@ class Guard(_Block):
         guard = Guard(self.action, self.at, self.depth, self.every_call, self.suppressions)
         guard.findings = self.findings  # what the calls of a decorated function find, the decorator knows
         guard.findings.sum_up_at_exit = self.action == "repair"
+        guard.step = self.step
+        guard.tally = self.tally
         return guard
 
     # ---- entering and leaving
@@ -179,6 +195,7 @@ class Guard(_Block):
             )
         self._thread = threading.get_ident()
         _intercept.install()
+        self.tally.begin()
         try:
             _policy.enter(self, everywhere)
             if everywhere:
@@ -212,27 +229,32 @@ class Guard(_Block):
         if self._state != "entered":
             raise RuntimeError("torchguard: this guard is not entered")
         self._state = "left"
-        if _policy.entered == [self]:
-            _reads.leave_to(self)
-        self._leave()
+        try:
+            if _policy.entered == [self]:
+                _reads.leave_to(self)
+        finally:
+            self._leave()
 
     def _leave(self) -> None:
-        if self._sees_every_call and self._thread == threading.get_ident():
-            _intercept.see_patched_calls()
-            self._sees_every_call = False
-        while self._patches:
-            self._patches.pop().end()
         everywhere = self in _policy.process_wide  # whoever switched it on sums up
-        while self._pairs:
-            pair, thread = self._pairs.pop()
-            if thread == threading.get_ident():
-                _hooks.remove(pair)
-            else:
-                _hooks.abandon(pair, thread)
-        _policy.leave(self)
-        _intercept.uninstall()
-        if not everywhere:
-            self.findings.sum_up()
+        with ExitStack() as steps:  # the last one first, and each whatever becomes of the others
+            if not everywhere:
+                steps.callback(self.findings.sum_up)
+            steps.callback(self.tally.end)
+            steps.callback(_intercept.uninstall)
+            steps.callback(_policy.leave, self)
+            for pair, thread in self._pairs:
+                if thread == threading.get_ident():
+                    steps.callback(_hooks.remove, pair)
+                else:
+                    steps.callback(_hooks.abandon, pair, thread)
+            self._pairs.clear()
+            for patch in self._patches:
+                steps.callback(patch.end)
+            self._patches.clear()
+            if self._sees_every_call and self._thread == threading.get_ident():
+                self._sees_every_call = False
+                steps.callback(_intercept.see_patched_calls)
 
     # ---- what it found
 
@@ -250,6 +272,11 @@ class Guard(_Block):
     def unwatched(self) -> list[str]:
         """What this build of torch, or this program, keeps out of the guard's sight, and why."""
         return self.findings.unwatched()
+
+    @property
+    def stats(self) -> Stats:
+        """What has been done while the guard was on, counted in all threads. Looks at each live save."""
+        return self.tally.stats()
 
     # ---- what the policy calls
 
@@ -279,6 +306,7 @@ class Guard(_Block):
         reason = self.suppressions.reason_for(violation)
         if reason is not None:
             violation = replace(violation, allowed=reason)
+        violation = self._with_step(violation)
         new = self.findings.keep(violation)
         if self.listener is not None:
             self.listener(violation, new)
@@ -298,9 +326,17 @@ class Guard(_Block):
 
     def record_allowed(self, violation: Violation) -> None:
         """Keep a violation that is allowed. (Called by torchguard.)"""
+        violation = self._with_step(violation)
         new = self.findings.keep(violation)
         if self.listener is not None:
             self.listener(violation, new)
+
+    def _with_step(self, violation: Violation) -> Violation:
+        try:
+            step = self.step() if callable(self.step) else self.step
+            return violation if step is None else replace(violation, step=int(step))
+        except Exception:  # the user's function, or the user's number: the violation must be told all the same
+            return violation
 
     def note_unwatched(self, what: str) -> None:
         """Keep what is out of sight. (Called by torchguard.)"""

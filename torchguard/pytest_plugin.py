@@ -21,6 +21,7 @@ from torchguard import _config
 from torchguard._config import Config, Layer
 
 if TYPE_CHECKING:
+    from torchguard._report import ReportWriter
     from torchguard._violation import Violation
     from torchguard.guard import Guard
 
@@ -78,6 +79,8 @@ class _Run:
         self.outside: list[dict[str, Any]] = []
         self.used: set[str] = set()
         self.sites: dict[Any, _Site] = {}
+        self.report: ReportWriter | None = None
+        self.reports_of_workers: list[str] = []
         self._suppressions: Any = None
 
     def _layers(self, options: argparse.Namespace) -> tuple[list[Layer], list[str]]:
@@ -109,12 +112,16 @@ class _Run:
             self.guard = guard.enter_everywhere()
         if before is not None:
             before.leave()
+            if self.report is not None:
+                for what in before.unwatched:
+                    self.report.note_unwatched(what)
 
     def make(self, config: Config) -> Guard:
         """A guard whose violations are heard here."""
         from torchguard.guard import Guard
 
         self.on = True
+        self.open_report()
         guard = Guard(**config.guard_keywords(), suppressions=self._suppressions_of(config))
         guard.listener = self.hear
         return guard
@@ -150,9 +157,13 @@ class _Run:
     # ---- violations
 
     def hear(self, violation: Violation, _: bool) -> None:
-        """Take down what a guard reports."""
+        """Take down what a guard reports; what cannot be written down must not hurt the test."""
         key = (violation.site, violation.allowed)
         self.heard.setdefault(key, [violation, 0])[1] += 1
+        try:
+            self.add_to_report(violation)
+        except Exception as error:
+            self.problem(f"a violation could not be written down: {type(error).__name__}: {error}")
 
     def take_heard(self) -> list[dict[str, Any]]:
         """What was heard since the last call, as plain values."""
@@ -161,18 +172,14 @@ class _Run:
 
     def collect(self, records: list[dict[str, Any]], test: str) -> None:
         """Enter what a test reported."""
-        fresh = False
         for record in records:
             violation = _violation_of(record)
             key = (violation.site, violation.allowed)
             if key not in self.sites:
                 self.sites[key] = _Site(violation, 0, {})
-                fresh = True
             site = self.sites[key]
             site.times += violation.times
             site.tests[test] = None
-        if fresh:
-            self.write_report()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """A hook: collect, in the process that prints the summary."""
@@ -180,20 +187,61 @@ class _Run:
         if records:
             self.collect(records, report.nodeid)
 
-    def write_report(self) -> None:
-        """Write all violations so far, if a report is asked for."""
-        if self.config.report is None or hasattr(self.pytest_config, "workerinput"):
+    # ---- the report
+
+    def report_path(self) -> str | None:
+        """Where to write the violations of this process; None for nowhere, or not yet."""
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            return self.config.report
+        # What a worker writes is put into the report of the process that started it, and is there if it crashes.
+        path: str | None = getattr(self.pytest_config, "workerinput", {}).get(_REPORT)
+        return path
+
+    def open_report(self) -> None:
+        """Open the report, if one is asked for and it is not open; what was heard before is in it, too."""
+        path = self.report_path()
+        if path is None or self.report is not None:
             return
-        from torchguard import _plain_report
-
         try:
-            _plain_report.write(self.violations(), self.config.report)
-        except OSError as error:
-            self.problems.append(f"the report cannot be written to {self.config.report}: {error.strerror or error}")
+            from torchguard._report import open_report
 
-    def violations(self) -> list[Violation]:
-        """All violations so far, one a site."""
-        return [replace(site.violation, times=site.times) for site in self.sites.values()]
+            self.report = open_report(path, self.problem)
+        except Exception as error:  # the tests are to run all the same
+            self.problem(str(error))
+        for violation, times in list(self.heard.values()):
+            self.add_to_report(replace(violation, times=times))
+
+    def add_to_report(self, violation: Violation) -> None:
+        """Write it down now: the test may end the process."""
+        if self.report is not None:
+            from torchguard import _suppressions
+
+            self.report.add(violation, suppressed=_suppressions.gave(violation.allowed))
+
+    def absorb(self, path: str) -> None:
+        """Put a worker's report into that of the run."""
+        self.reports_of_workers.remove(path)
+        if os.path.exists(path):
+            from torchguard._report import ReportError
+
+            self.open_report()
+            if self.report is not None:
+                try:
+                    self.report.absorb(path)
+                except ReportError as error:
+                    self.problem(str(error))
+
+    def close_report(self) -> None:
+        """No more is written."""
+        for path in list(self.reports_of_workers):  # of workers that were stopped, or never told that they were done
+            self.absorb(path)
+        if self.report is not None:
+            self.report.close()
+
+    def problem(self, line: str) -> None:
+        """Keep what is to be told at the end, once."""
+        if line not in self.problems:
+            self.problems.append(line)
 
 
 def _violation_of(record: dict[str, Any]) -> Violation:
@@ -209,6 +257,7 @@ def _violation_of(record: dict[str, Any]) -> Violation:
 
 
 _RUN = pytest.StashKey[_Run]()
+_REPORT = "torchguard_report"
 _OUTSIDE = "(outside tests)"
 
 
@@ -224,6 +273,8 @@ def _begin(config: pytest.Config, options: argparse.Namespace) -> None:
     config.add_cleanup(lambda: run.change(Config()))
     if not run.distributes:
         run.change(run.config)
+    elif run.config.mode != "off":
+        run.open_report()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -231,6 +282,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if _RUN not in config.stash:  # named in a conftest file, which is read late
         _begin(config, config.option)
     config.pluginmanager.register(config.stash[_RUN], "torchguard-run")
+    if config.stash[_RUN].on:
+        config.stash[_RUN].open_report()  # a worker of xdist is told late where to
     config.addinivalue_line(
         "markers",
         "torchguard(mode, *, at, every_call, suppressions, max_reports): run the test under the guard in that mode, or "
@@ -317,16 +370,30 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
         sent["torchguard"] = {"outside": outside, "used": used, "on": run.on}
     else:
         run.collect(outside, _OUTSIDE)
-        run.write_report()
+    run.close_report()
     return result
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """A worker of xdist is started."""
+    run = node.config.stash[_RUN]
+    if run.config.report is not None:
+        beside = run.config.report if run.report is None else run.report.path
+        path = f"{beside.replace('%', '')}.{node.workerinput['workerid']}.jsonl"
+        node.workerinput[_REPORT] = path
+        run.reports_of_workers.append(path)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """A worker of xdist is done."""
+    """A worker of xdist is done, or has crashed."""
+    run = node.config.stash[_RUN]
+    path = node.workerinput.get(_REPORT)
+    if path in run.reports_of_workers:
+        run.absorb(path)
     sent = getattr(node, "workeroutput", {}).get("torchguard")
     if sent:
-        run = node.config.stash[_RUN]
         run.collect(sent["outside"], _OUTSIDE)
         run.used.update(sent["used"])
         run.on = run.on or sent["on"]
@@ -340,7 +407,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not (found or stale or run.problems):
         return
     count = f"{len(found) or 'no'} {'violation' if len(found) == 1 else 'violations'}"
-    terminalreporter.section(f"torchguard: {count}")
+    terminalreporter.section(f"torchguard: {count if run.on or found else 'not switched on'}")
     for site in found:
         place = site.violation.written or site.violation.read
         where = f"{place}  {place.source}" if place is not None else "(no user code on the stack)"
@@ -351,8 +418,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"    {test}")
     for line in (*run.problems, *stale):
         terminalreporter.write_line(line)
-    if run.config.report is not None:
-        terminalreporter.write_line(f"report: {run.config.report}")
+    if run.report is not None and os.path.exists(run.report.path):
+        terminalreporter.write_line(f"report: {run.report.path}")
 
 
 def _stale(run: _Run) -> list[str]:

@@ -22,6 +22,7 @@ from catalogue import (
     storages,
     training,
     unseen,
+    wrapped,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "textbook",
     "training",
     "unseen",
+    "wrapped",
 ]

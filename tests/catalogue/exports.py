@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Run, add, program
+from harness import VALUES, Run, add, program
 from torch.utils import dlpack
 
 import torchguard
@@ -648,3 +648,110 @@ def array_of_nothing(run: Run) -> Any:
     run.write(lambda: array.fill(7))
     out.sum().backward()
     return [w.grad]
+
+
+# ---- under a program's own save hooks, and in what a checkpoint reads again -----------------------------------------
+
+PAIRS: dict[str, Callable[[], Any]] = {
+    "identity": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    "container": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: (t, "kept"), lambda kept: kept[0]),
+    "alias": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t),
+    "array": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy(), torch.from_numpy),
+    "on_cpu": lambda: torch.autograd.graph.save_on_cpu(),
+    "copy": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t),
+}
+
+
+def _given_out_before(h: torch.Tensor) -> tuple[torch.Tensor, Callable[[], Any]]:
+    array = h.numpy()
+    return h, lambda: array
+
+
+def _made_from_an_array(h: torch.Tensor) -> tuple[torch.Tensor, Callable[[], Any]]:
+    array = h.numpy().copy()
+    return torch.from_numpy(array), lambda: array
+
+
+def _made_from_a_buffer(h: torch.Tensor) -> tuple[torch.Tensor, Callable[[], Any]]:
+    buffer = bytearray(h.numpy().tobytes())
+    made = torch.frombuffer(buffer, dtype=torch.float32).view(h.shape)
+    return made, lambda: np.frombuffer(buffer, dtype=np.float32)
+
+
+def _given_out_after(h: torch.Tensor) -> tuple[torch.Tensor, Callable[[], Any]]:
+    return h, h.numpy
+
+
+def _given_out_by_dlpack(h: torch.Tensor) -> tuple[torch.Tensor, Callable[[], Any]]:
+    array = np.from_dlpack(h)
+    return h, lambda: array
+
+
+GIVEN_OUT = {
+    function.__name__.removeprefix("_"): function
+    for function in (
+        _given_out_before,
+        _given_out_after,
+        _made_from_an_array,
+        _made_from_a_buffer,
+        _given_out_by_dlpack,
+    )
+}
+
+
+def _elsewhere(name: str, body: Callable[[Run, Write], Any], kind: Any, **declared: Any) -> None:
+    moments = {"caught": "read", "every_call": "read"} if kind == "corrupting" else {}
+    add(lambda run: body(run, _negate), name=name, route=_ROUTE, kind=kind, **moments, **declared)  # type: ignore[arg-type]
+    add(
+        lambda run: body(run, lambda array: array.sum()),
+        name=f"{name}_read",
+        route=_ROUTE,
+        kind="innocent",
+        twin_of=name if kind == "corrupting" else (),
+        **declared,
+    )
+    add(
+        lambda run: body(run, lambda array: (_negate(array), _negate(array))),
+        name=f"{name}_put_back",
+        route=_ROUTE,
+        kind="innocent",
+        twin_of=name if kind == "corrupting" else (),
+        **declared,
+    )
+
+
+def _under_hooks(pair: str, given_out: str) -> None:
+    def body(run: Run, write: Write) -> Any:
+        w = run.leaf()
+        h, array = GIVEN_OUT[given_out](run.leaf(requires_grad=False))
+        with PAIRS[pair]():
+            out = h * w  # saved
+        handle = array()
+        run.write(lambda: write(handle))
+        out.sum().backward()
+        return [w.grad]
+
+    _elsewhere(f"{given_out}_under_hooks_{pair}", body, "innocent" if pair == "copy" else "corrupting")
+
+
+def _in_a_checkpoint(given_out: str, reentrant: bool, times: int) -> None:
+    def body(run: Run, write: Write) -> Any:
+        w = run.leaf()
+        h, array = GIVEN_OUT[given_out](run.leaf([VALUES[0] * times], requires_grad=False))
+        checkpoint = run.checkpoint(use_reentrant=reentrant)
+        out = checkpoint(lambda w: torch.sin(h * w.repeat(1, times)[:1]), w)  # saved
+        handle = array()
+        run.write(lambda: write(handle))
+        out.sum().backward()
+        return [w.grad]
+
+    how = "reentrant" if reentrant else "non_reentrant"
+    _elsewhere(f"{given_out}_in_a_{how}_checkpoint_{times}", body, "corrupting")
+
+
+for _given in GIVEN_OUT:
+    for _pair in PAIRS:
+        _under_hooks(_pair, _given)
+    for _reentrant in (False, True):
+        for _times in (1, 5000):
+            _in_a_checkpoint(_given, _reentrant, _times)

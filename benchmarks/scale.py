@@ -1,0 +1,114 @@
+"""What do a save and a write cost, and a live save hold, as the number of live saves grows; does a long run grow?
+
+Each question is answered in a process of its own: ``python -m benchmarks.scale QUESTION MODE NUMBER`` prints JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.modes import MODES
+
+LIVE = (100, 1_000, 10_000, 100_000, 1_000_000)
+STEPS = 100_000
+
+
+def _resident() -> int:
+    """Bytes of resident memory (Linux), 0 where that is not told."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def _best(once: Callable[[], object], batch: int = 200, rounds: int = 20) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(batch):
+            once()
+        best = min(best, time.perf_counter() - start)
+    return best / batch * 1e6
+
+
+def _live(number: int) -> list[torch.Tensor]:
+    """So many live saves: every tenth in a storage of its own, the others cut from one flat buffer."""
+    flat = torch.ones(number, requires_grad=True)
+    return [torch.ones(1, requires_grad=True).sin() if n % 10 == 0 else flat[n : n + 1].sin() for n in range(number)]
+
+
+def costs(mode: str, number: int) -> dict[str, float]:
+    """Microseconds for an operation that saves, an in-place call elsewhere, and one in a buffer with saves in it."""
+    with MODES[mode]():
+        buffer = torch.ones(number + 8)
+        w = torch.ones(8, requires_grad=True)
+        kept = _live(number) + [(buffer[n : n + 1] * w[:1]) for n in range(number)]
+        elsewhere, beside = torch.ones(8), buffer[number:]
+        beside.data.add_(1.0)
+        gc.collect()
+        gc.freeze()
+        return {
+            "save": _best(lambda: w.sin()),
+            "write": _best(lambda: elsewhere.add_(1.0)),
+            "write beside saves": _best(lambda: beside.add_(1.0)),
+            "live": float(len(kept)),
+        }
+
+
+def memory(mode: str, number: int) -> dict[str, float]:
+    """Bytes of resident memory for each live save and what the program itself holds for it."""
+    with MODES[mode]():
+        _live(1000)
+        gc.collect()
+        before = _resident()
+        kept = _live(number)
+        gc.collect()
+        return {"bytes": (_resident() - before) / len(kept)}
+
+
+def long_run(mode: str, number: int) -> dict[str, Any]:
+    """Resident memory over so many training steps, with a list of all ``p.data`` kept throughout."""
+    with MODES[mode]():
+        model = torch.nn.Linear(4, 4)
+        aliases = [p.data for p in model.parameters()]
+        x = torch.ones(2, 4)
+        points = []
+        for n in range(number + 1):
+            model(x).exp().sum().backward()
+            for p in model.parameters():
+                p.data.add_(p.grad, alpha=-1e-6)  # type: ignore[arg-type]
+                p.grad = None
+            if n % max(1, number // 20) == 0:
+                gc.collect()
+                points.append((n, _resident()))
+        return {"points": points, "aliases": len(aliases)}
+
+
+QUESTIONS: dict[str, Callable[[str, int], dict[str, Any]]] = {"costs": costs, "memory": memory, "long_run": long_run}
+
+
+def ask(question: str, mode: str, number: int, seconds: float) -> dict[str, Any]:
+    """The answer of a process of its own; what went wrong under ``"error"``."""
+    command = [sys.executable, "-m", "benchmarks.scale", question, mode, str(number)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+    except subprocess.TimeoutExpired:
+        return {"error": f"more than {seconds:.0f} s"}
+    except subprocess.CalledProcessError as error:
+        return {"error": (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[-1]}
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(QUESTIONS[sys.argv[1]](sys.argv[2], int(sys.argv[3]))))

@@ -1,0 +1,125 @@
+"""Which generated programs has the guard once treated wrongly? Each as short as it still failed."""
+
+from __future__ import annotations
+
+from generated.runs import Program
+
+_KEPT = {
+    "output_beside_a_view_that_was_out_of_date": """
+a1 = grid(2, 3).requires_grad_()
+y2 = a1 * 1
+y3 = y2.view_as(y2)
+y2.mul_(2)
+y4 = y3.exp()
+""",
+    "two_outputs_beside_a_view_that_was_out_of_date": """
+n4 = grid(6, 4)
+a3 = torch.nn.Parameter(n4[3:])
+y5 = a3.expand(2, *a3.shape)
+n4.masked_fill_(n4 > 0, 1)
+y11, y12 = torch._foreach_sigmoid([y5, grid(3, 4)])
+""",
+    "output_in_place_of_what_was_copied_for_backward": """
+a1 = grid(4).requires_grad_()
+a2 = grid(4).requires_grad_()
+y3 = a1 * 1
+y3.pow_(a2)
+y4 = a1.abs()
+y4.hypot_(a2)
+y5 = a1 * 2
+y5.copysign_(a2)
+""",
+    "output_in_place_beside_a_view_that_was_out_of_date": """
+a1 = grid(4).requires_grad_()
+y2 = a1 * 1
+y3 = y2.view_as(y2)
+y2.mul_(2)
+y4 = a1 * 1
+y4.pow_(y3)
+""",
+    "foreach_is_named_in_a_refusal": """
+a1 = grid(3, 4).t().requires_grad_()
+y4, y5 = torch._foreach_exp([a1, a1])
+y4.mul_(3.25)
+y4.backward(torch.ones_like(y4))
+""",
+    "one_call_writes_to_the_save_and_to_its_alias": """
+a1 = grid(4).requires_grad_()
+y2 = a1.exp()
+torch._foreach_mul_([y2[::2].data, y2], 2)
+y2.sum().backward()
+""",
+    "view_written_in_place_is_swapped": """
+a1 = torch.nn.Parameter(grid(3, 4))
+y2 = (a1 * 1).view(12)[:4]
+y2.relu_()
+t3 = torch.empty(0).set_(grid(4).untyped_storage())
+torch.utils.swap_tensors(t3, y2)
+""",
+    "tensor_swapped_with_itself_is_refused": """
+a1 = torch.nn.Parameter(grid(4))
+y2 = a1.exp() * 1
+y3 = y2.median()
+y4 = y2 * y2
+torch.utils.swap_tensors(y2, y2)
+""",
+    "checkpoint_makes_anew_what_was_written_outside_torch": """
+a1 = grid(3, 4).requires_grad_()
+y2 = a1 * 1
+y3 = checkpoint(Exp.apply, y2, use_reentrant=False)
+np.from_dlpack(torch.empty(0).set_(y3.detach()).detach())[...] = 3.25
+torch._foreach_mul_((y3.data,), [-1])
+(y3.sum() + y2.sum()).backward()
+""",
+    "checkpoint_reads_what_was_rebound_to_the_same": """
+n1 = np.linspace(-1.7, 2.3, 12, dtype=np.float32).reshape(3, 4)
+a1 = torch.from_numpy(n1).requires_grad_()
+y2 = F.selu(a1)
+y4 = y2.softmax(-1)
+y3 = checkpoint(torch.sin, y2, use_reentrant=False)
+y2.data = y2.detach().clone()
+(y3 * y2).sum().backward()
+""",
+    "leaf_that_requires_grad_is_written_by_what_has_no_derivative": """
+a1 = grid(4).requires_grad_()
+y2 = a1.exp()
+y2.data.requires_grad_().logical_not_()
+y2.sum().backward()
+""",
+    "leaf_that_requires_grad_is_refused": """
+a1 = grid(4).requires_grad_()
+y2 = a1.exp()
+y2.data.requires_grad_().add_(1)
+""",
+    "expanded_save_over_two_exports": """
+n1 = bytearray(48)
+a2 = torch.frombuffer(n1, dtype=torch.float32).requires_grad_()
+y3 = a2.expand(2, *a2.shape)
+y4 = F.selu(y3)
+y3.data[0].numpy()[0] = 3.25
+y4.sum().backward()
+""",
+    "alias_without_a_counter": """
+a1 = grid(3, 4).requires_grad_()
+y2 = a1.exp()
+with torch.inference_mode(): torch.neg(y2.data, out=torch.empty(0).set_(y2.detach()))
+y2.sum().backward()
+""",
+    "detached_alias_of_a_dead_one_writes_nothing_new": """
+a1 = torch.zeros(3, 4).requires_grad_()
+y2 = a1 * a1
+c3 = a1.data.detach()
+y4 = a1 * a1
+torch._C.TensorBase.mul_(c3, 0.5)
+y4.sum().backward()
+""",
+    "one_element_with_a_stride": """
+n1 = bytearray(48)
+a2 = torch.frombuffer(n1, dtype=torch.float32).requires_grad_()
+y3 = torch.atleast_2d(a2).diagonal()
+y4, y5 = torch._foreach_mul([grid(3, 2), y3], [y3, grid(3, 2)])
+y4.sum().backward()
+""",
+}
+
+KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}

@@ -1,0 +1,141 @@
+"""What may a generated program use that torch does not have? A script that keeps a program carries copies of these."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def grid(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Distinct numbers from -1.7 to 2.3."""
+    size = 1
+    for length in shape:
+        size *= length
+    real = torch.linspace(-1.7, 2.3, max(size, 2), dtype=torch.float64)[:size].reshape(shape)
+    if dtype.is_complex:
+        return torch.complex(real, 1 - real).to(dtype)
+    return real.to(dtype)
+
+
+def every_second(x: torch.Tensor) -> torch.Tensor:
+    """Every second element, by strides."""
+    return x.as_strided((x.numel() // 2,), (2,)) if x.is_contiguous() else x[..., ::2]
+
+
+def looked(result: Any = None) -> None:
+    """Marks a write in the middle of backward; the recorder puts itself in this place."""
+
+
+def in_thread(work: Callable[[], Any]) -> None:
+    """Work in a thread of its own; what it raises is raised here."""
+    raised = []
+
+    def body() -> None:
+        try:
+            work()
+        except Exception as error:
+            raised.append(error.with_traceback(None))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised.pop()
+
+
+class Cube(torch.autograd.Function):
+    """Saves its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+class Exp(torch.autograd.Function):
+    """Saves its output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (y,) = ctx.saved_tensors
+        return y * gradient
+
+
+class Product(torch.autograd.Function):
+    """Saves two inputs and something in between."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        between = a + b
+        ctx.save_for_backward(a, b, between)
+        return a * b * between
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b, between = ctx.saved_tensors
+        return (
+            (gradient * (b * between + a * b)).sum_to_size(a.shape),
+            (gradient * (a * between + a * b)).sum_to_size(b.shape),
+        )
+
+
+class Pair(torch.autograd.Function):
+    """Two outputs, both saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sine, cosine = x.sin(), x.cos()
+        ctx.save_for_backward(sine, cosine)
+        return sine, cosine
+
+    @staticmethod
+    def backward(ctx: Any, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        sine, cosine = ctx.saved_tensors
+        return first * cosine - second * sine
+
+
+class InPlace(torch.autograd.Function):
+    """Writes to its input, and saves what it has become."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        x.tanh_()
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+
+class OldExp(torch.autograd.Function):
+    """Saves its output in setup_context."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.exp()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+        ctx.save_for_backward(output, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        y, _ = ctx.saved_tensors
+        return y * gradient

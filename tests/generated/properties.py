@@ -1,0 +1,172 @@
+"""What must hold of a program, whatever it is?
+
+* *missed*: plain PyTorch finishes with results that are not the truth, and the guard has said nothing.
+* *false alarm*: the bytes of no live save have changed silently, and the guard speaks.
+* *let through*: plain PyTorch refuses it, and under the guard it passes; *other error*: it is refused in other words.
+* *changed*: under ``warn()``, or under ``strict()`` where that is silent, a result is not the same, bit for bit.
+* *kept*: a tensor outlives the program under the guard, and does not without it.
+* *left*: torch is not as it was found.
+* *crash*: an error that neither PyTorch nor the guard means to raise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import torchguard
+from generated.runs import Outcome, Program, Recorder, cloning, differ, quiet, run, same_bits
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A property that does not hold."""
+
+    kind: str
+    mode: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} under {self.mode}: {self.text}"
+
+
+@dataclass
+class Known:
+    """What is known of a program without a guard.
+
+    Attributes:
+        plain: what it does in plain PyTorch.
+        truth: what it does where each save is cloned.
+        written: whether the bytes of a live save change silently.
+        wrong: names of the results that are not the truth, where plain PyTorch finishes.
+        saves: how many tensors autograd saves.
+    """
+
+    plain: Outcome
+    truth: Outcome
+    written: bool
+    wrong: list[str]
+    saves: int
+
+    @property
+    def kind(self) -> str:
+        """In the catalogue's words."""
+        if self.plain.error is not None:
+            return "refused"
+        if self.wrong:
+            return "corrupting"
+        return "unread" if self.written else "innocent"
+
+
+def known(program: Program) -> Known:
+    """Run a program without a guard, in three ways."""
+    with quiet():
+        plain = run(program)
+        truth = run(program, cloning(), threads=False)
+        recorder = Recorder()
+        recorded = run(program, recorder.hooks(), recorder.look, threads=False)
+    wrong = []
+    if plain.error is None and truth.error is None:
+        wrong = differ(plain.results, truth.results)
+    del recorded
+    return Known(plain, truth, recorder.changed, wrong, recorder.saves)
+
+
+Make = Callable[[], torchguard.Guard]
+
+MODES: dict[str, Make] = {
+    "strict": lambda: torchguard.strict(),
+    "warn": lambda: torchguard.warn(),
+    "strict(every_call)": lambda: torchguard.strict(every_call=True),
+    "warn(every_call)": lambda: torchguard.warn(every_call=True),
+}
+
+
+def failures(
+    program: Program, modes: dict[str, Make] = MODES, facts: Known | None = None, collecting: bool = False
+) -> list[Failure]:
+    """The properties that do not hold; ``collecting``: with the garbage collector on."""
+    facts = facts or known(program)
+    return [failure for mode, make in modes.items() for failure in _under(program, facts, mode, make, collecting)]
+
+
+def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bool) -> list[Failure]:
+    guard = make()
+    before = _torch_now()
+    with quiet() as told:
+        outcome = run(program, guard, collecting=collecting)
+    spoken = [note for note in told if issubclass(note.category, torchguard.SavedTensorCorruptionWarning)]
+    found: list[Failure] = []
+
+    def fail(kind: str, text: str) -> None:
+        found.append(Failure(kind, mode, text))
+
+    if (now := _torch_now()) != before:
+        fail("left", f"{now} instead of {before}")
+    spoke = bool(guard.violations)
+    raises = guard.action == "raise"
+    plain = facts.plain
+    if outcome.error is not None and outcome.error[0] == "SavedTensorCorruptionError":
+        if not raises:
+            fail("crash", "warn() raises")
+    elif raises and spoke:
+        fail("crash", f"a violation and nothing raised: {guard.violations[0]}")
+    if not raises and spoke != bool(spoken):
+        fail("crash", "violations and warnings are not the same")
+    if spoke and not facts.written and not facts.wrong:
+        fail("false alarm", f"line {outcome.line}: {guard.violations[0]}")
+    if not spoke and facts.wrong and not (not guard.every_call and _out_of_sight(program)):
+        fail("missed", ", ".join(facts.wrong))
+    if not (raises and spoke):
+        if plain.error is not None:
+            if outcome.error is None:
+                fail("let through", plain.error[1])
+            elif not _same_error(outcome.error, plain.error, program) or outcome.line != plain.line:
+                fail("other error", f"line {outcome.line}, not {plain.line}: {outcome.error} instead of {plain.error}")
+        elif outcome.error is not None:
+            fail("crash", f"line {outcome.line}: {outcome.error}")
+        changed = same_bits(outcome.results, plain.results)
+        if changed and not found:
+            fail("changed", ", ".join(changed))
+        more = set(outcome.alive) - set(plain.alive)
+        if more and not found:
+            fail("kept", ", ".join(sorted(more)))
+    return found
+
+
+_OWN_COUNTER = re.compile(r"(\.data\b|set_\(|Parameter\(|Tensor\(|copy\().*detach\(")
+_UNSEEN = re.compile(r"\bout=|torch\.ops|TensorBase")
+
+
+def _out_of_sight(program: Program) -> bool:
+    """Whether it makes unseen writes, and detaches an alias that is gone at once: a limit that is told."""
+    return any(map(_OWN_COUNTER.search, program)) and any(map(_UNSEEN.search, program))
+
+
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+_NODE = re.compile(r"which is output \d+ of \w+")
+
+
+def _same_error(a: tuple[str, str], b: tuple[str, str], program: Program) -> bool:
+    if a[0] != b[0]:
+        return False
+    x, y = (_ADDRESS.sub("0x", text) for text in (a[1], b[1]))
+    # A view that was written in place, and a checkpoint's argument, are named by another node: a limit that is told.
+    named = "AsStrided" in x + y or any("checkpoint" in line for line in program)
+    return x == y or (named and _NODE.sub("", x) == _NODE.sub("", y))
+
+
+def _torch_now() -> Any:
+    autograd: Any = torch._C._autograd
+    return (
+        autograd._top_saved_tensors_default_hooks(True),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.is_grad_enabled(),
+        id(vars(torch.Tensor).get("add_")),
+        id(vars(torch.Tensor).get("data")),
+    )

@@ -1,0 +1,344 @@
+"""What does a generated program do in plain PyTorch, with its saves cloned, under a recorder, and under a guard?
+
+A program is a list of lines of Python, each a whole statement. It runs line by line in a namespace of its own, so that
+something can look at the memory of live saves between two lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import gc
+import inspect
+import linecache
+import math
+import operator
+import re
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils import dlpack
+from torch.utils.checkpoint import checkpoint
+
+import torchguard
+from generated import parts
+
+Program = tuple[str, ...]
+
+_PARTS = {name: value for name, value in vars(parts).items() if getattr(value, "__module__", None) == parts.__name__}
+_MODULES = {
+    "copy": copy,
+    "math": math,
+    "np": np,
+    "torch": torch,
+    "F": F,
+    "dlpack": dlpack,
+    "operator": operator,
+    "checkpoint": checkpoint,
+}
+_HEADER = (
+    "import copy, math, operator, threading\n"
+    "from collections.abc import Callable\n"
+    "from typing import Any\n"
+    "\n"
+    "import numpy as np\n"
+    "import torch\n"
+    "import torch.nn.functional as F\n"
+    "from torch.utils import dlpack\n"
+    "from torch.utils.checkpoint import checkpoint\n"
+    "\n"
+    "import torchguard\n"
+)
+_BEGINS = "# ---- the program"
+FILE = "<generated>"
+
+
+def namespace() -> dict[str, Any]:
+    """What a program's names mean before its first line."""
+    return {**_MODULES, **_PARTS, "__name__": "generated_program"}
+
+
+def as_script(program: Program, note: str = "", mode: str = "strict") -> str:
+    """The program as a Python script that runs by itself."""
+    text = "\n".join(program)
+    used = [inspect.getsource(value) for name, value in _PARTS.items() if re.search(rf"\b{name}\b", text)]
+    body = "\n".join(f"    {line}" for line in program)
+    head = "".join(f"# {line}\n" for line in note.splitlines())
+    return "\n\n".join(
+        [head + _HEADER, *used, f"{_BEGINS}\ntorch.manual_seed(20)\nwith torchguard.{mode}():\n{body}\n"]
+    )
+
+
+def from_script(text: str) -> Program:
+    """The program of a script that :func:`as_script` wrote."""
+    body = text.partition(_BEGINS)[2].splitlines()
+    return tuple(line.strip() for line in body[3:] if line.strip())
+
+
+_compiled: dict[Program, list[CodeType]] = {}
+
+
+def compiled(program: Program) -> list[CodeType]:
+    """The lines, each compiled at its own number."""
+    if program not in _compiled:
+        if len(_compiled) > 64:
+            _compiled.clear()
+        _compiled[program] = [compile("\n" * i + line, FILE, "exec") for i, line in enumerate(program)]
+    return _compiled[program]
+
+
+@dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        results: name of a variable, or of its gradient, and its value.
+        error: what ended it, with the number of the line that raised; None where it came to its end.
+        alive: names of variables whose tensor outlived the run although nothing of the program refers to it.
+    """
+
+    results: dict[str, Any] = field(default_factory=dict)
+    error: tuple[str, str] | None = None
+    line: int = 0
+    corruption: bool = False
+    alive: list[str] = field(default_factory=list)
+
+
+def run(
+    program: Program,
+    around: AbstractContextManager[Any] | None = None,
+    between: Callable[[], None] | None = None,
+    threads: bool = True,
+    collecting: bool = False,
+) -> Outcome:
+    """Run a program; ``between`` is called after each line, and where a hook of the program says that it wrote.
+
+    ``collecting`` leaves the garbage collector on. Save hooks of its own belong to one thread: with ``threads=False`` the work of others is done there.
+    """
+    outcome = Outcome()
+    codes = compiled(program)
+    linecache.cache[FILE] = (0, None, [f"{line}\n" for line in program], FILE)
+    space = namespace()
+    if between is not None:
+        space["looked"] = lambda result=None: between()
+    if not threads:
+        space["in_thread"] = lambda work: work()
+    torch.manual_seed(20)
+    enabled = gc.isenabled()
+    if not collecting:
+        gc.disable()  # what outlives the run does so because of a cycle
+    try:
+        with around or nullcontext():
+            for number, code in enumerate(codes):
+                outcome.line = number
+                exec(code, space)
+                if between is not None:
+                    between()
+    except Exception as error:
+        outcome.error = (type(error).__name__, str(error))
+        outcome.corruption = isinstance(error, torchguard.SavedTensorCorruptionError)
+        error.__traceback__ = None
+        error.__context__ = None
+        del error
+    finally:
+        if enabled:
+            gc.enable()
+    _take_down(space, outcome)
+    return outcome
+
+
+def _take_down(space: dict[str, Any], outcome: Outcome) -> None:
+    own = {
+        name: value
+        for name, value in space.items()
+        if name not in _MODULES and name not in _PARTS and name != "__builtins__"
+    }
+    held = {}
+    for name, value in own.items():
+        if isinstance(value, torch.Tensor):
+            held[name] = weakref.ref(value)
+            outcome.results[name] = taken_down(value)
+            with contextlib.suppress(RuntimeError):  # a view whose graph cannot be told any more
+                if value.is_leaf and value.grad is not None:
+                    outcome.results[f"{name}.grad"] = taken_down(value.grad)
+        elif isinstance(value, np.ndarray):
+            outcome.results[name] = taken_down(torch.from_numpy(np.array(value, copy=True)))
+        elif isinstance(value, torch.nn.Module):
+            for key, parameter in [*value.named_parameters(), *value.named_buffers()]:
+                outcome.results[f"{name}.{key}"] = taken_down(parameter)
+                if parameter.grad is not None:
+                    outcome.results[f"{name}.{key}.grad"] = taken_down(parameter.grad)
+                held[f"{name}.{key}"] = weakref.ref(parameter)
+        elif isinstance(value, (str, int, float)):
+            outcome.results[name] = value
+    own.clear()
+    value = parameter = None
+    space.clear()
+    outcome.alive = [name for name, hold in held.items() if hold() is not None]
+
+
+def taken_down(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The value of a tensor, in a form that nothing can write to."""
+    if tensor.layout != torch.strided:
+        return (str(tensor.layout), tuple(tensor.shape))
+    with torch.no_grad():
+        plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return (plain.dtype, tuple(plain.shape), plain)
+
+
+def same_bits(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The names whose values are not the same, bit for bit."""
+    return [name for name in {**a, **b} if name not in a or name not in b or not _same(a[name], b[name], exact=True)]
+
+
+def differ(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The names whose values are clearly not the same numbers."""
+    return [name for name in {**a, **b} if name not in a or name not in b or not _same(a[name], b[name], exact=False)]
+
+
+def _same(a: Any, b: Any, exact: bool) -> bool:
+    if not (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 3):
+        return bool(a == b)
+    if a[:2] != b[:2]:
+        return False
+    x, y = a[2], b[2]
+    if exact:
+        return torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+    if not (x.is_floating_point() or x.is_complex()):
+        return torch.equal(x, y)
+    tolerance = 1e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return torch.allclose(x, y, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """All warnings, recorded."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+
+
+# ---- saves, cloned and recorded -----------------------------------------------------------------------------------
+
+
+class Save:
+    """A save as PyTorch keeps it: an input is the very tensor, an output a detached alias. The check of versions, which
+    save hooks switch off, is made here.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        node = tensor.grad_fn
+        is_output = node is not None and node._sequence_nr() == torch._C._autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+        self.tensor = tensor.detach() if is_output else tensor
+        self.version = tensor._version
+
+    def check(self) -> None:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation"
+            )
+
+
+def exact_clone(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides over a copy of the whole storage, so that every kernel does the same."""
+    with torch.no_grad():
+        if tensor.layout != torch.strided:
+            return tensor.clone()
+        storage = tensor.untyped_storage().clone()
+        copied = torch.empty(0, dtype=tensor.dtype).set_(
+            storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        if tensor.is_conj():
+            copied = copied.conj()
+        if tensor.is_neg():
+            copied = torch._neg_view(copied)
+        return copied
+
+
+def cloning() -> AbstractContextManager[Any]:
+    """The truth: what backward reads is what was saved. What PyTorch would refuse is refused."""
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, Save]:
+        return exact_clone(tensor), Save(tensor)
+
+    def unpack(packed: tuple[torch.Tensor, Save]) -> torch.Tensor:
+        packed[1].check()
+        return packed[0]
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """The bytes of the elements of a tensor, whatever they mean."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return None
+    size = tensor.element_size()
+    storage = tensor.untyped_storage()
+    offset = tensor.storage_offset() * size
+    if tensor.numel() == 0:
+        return b""
+    if tensor.is_contiguous():
+        length = tensor.numel() * size
+        if offset + length > storage.nbytes():
+            return "freed"
+        return ctypes.string_at(storage.data_ptr() + offset, length)
+    last = offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) * size + size
+    if last > storage.nbytes():
+        return "freed"
+    memory = np.frombuffer(ctypes.string_at(storage.data_ptr(), storage.nbytes()), np.uint8)
+    strides = [s * size for s in tensor.stride()]
+    return np.lib.stride_tricks.as_strided(memory[offset:], (*tensor.shape, size), (*strides, 1)).tobytes()
+
+
+class Recorder:
+    """Sees whether the bytes of a live save have changed without its version having moved."""
+
+    def __init__(self) -> None:
+        self._live: weakref.WeakSet[_Recorded] = weakref.WeakSet()
+        self.changed = False
+        self.saves = 0
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> _Recorded:
+        save = _Recorded(tensor)
+        self._live.add(save)
+        self.saves += 1
+        return save
+
+    def _unpack(self, save: _Recorded) -> torch.Tensor:
+        save.check()
+        self.look_at(save)
+        return save.tensor
+
+    def look_at(self, save: _Recorded) -> None:
+        if save.tensor._version == save.version and (
+            bytes_of(save.tensor) != save.bytes or _meaning(save.tensor) != save.meaning
+        ):
+            self.changed = True
+
+    def look(self) -> None:
+        """Look at all live saves."""
+        for save in list(self._live):
+            self.look_at(save)
+
+
+def _meaning(tensor: torch.Tensor) -> Any:
+    return tensor.dtype, tensor.shape, tensor.is_conj(), tensor.is_neg()
+
+
+class _Recorded(Save):
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(tensor)
+        self.bytes = bytes_of(tensor)
+        self.meaning = _meaning(tensor)

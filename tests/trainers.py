@@ -1,0 +1,83 @@
+"""What do the tests of trainers plant into a small model, and what do they compare?"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from outside import ROOT
+from torch import nn
+
+from torchguard import _intercept, _policy
+
+
+class Meddler(nn.Module):
+    """An activation that in one of its calls goes on to do something else.
+
+    ``"write"`` doubles its input, which backward needs and forward does not any more: what it changes, it changes by a
+    wrong gradient. ``"late"`` is its twin, the same once backward is through (somebody calls ``after_backward()``).
+    An exception is raised.
+    """
+
+    def __init__(self, what: Literal["write", "late"] | BaseException | None = None, call: int = 3) -> None:
+        super().__init__()
+        self.what = what
+        self.call = call
+        self.calls = 0
+        self.late: torch.Tensor | None = None
+        self.seen: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.gelu(x)
+        self.seen.append(is_guarded())
+        if torch.is_grad_enabled():
+            if self.calls == self.call:
+                if isinstance(self.what, BaseException):
+                    raise self.what
+                if self.what == "write":
+                    x.data.mul_(2)
+                self.late = x if self.what == "late" else None
+            self.calls += 1
+        return y
+
+    def after_backward(self) -> None:
+        if self.late is not None:
+            self.late.data.mul_(2)
+            self.late = None
+
+
+def is_guarded() -> bool:
+    """Whether this thread is under a guard, patches and all."""
+    return _intercept._installed > 0 and _policy.innermost() is not None
+
+
+def weights(module: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """To the last bit."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name].reshape(-1).view(torch.uint8), b[name].reshape(-1).view(torch.uint8)) for name in a
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Other packages' warnings, at their import, are not ours to mend."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def example(heading: str) -> str:
+    """The program under a heading of docs/integrations.md."""
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (program,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    return str(program)
