@@ -95,8 +95,11 @@ class Program:
 
     @property
     def can_be_repaired(self) -> bool:
-        """Whether repair() can hand backward what was saved: not what a checkpoint computes anew, unless told otherwise."""
-        return self.route != "checkpoint" if self.repairable is None else self.repairable
+        """Whether repair() can hand backward what was saved; as the route has it, unless told otherwise.
+
+        It cannot where a checkpoint computes anew, and does not put a subclass around other tensors.
+        """
+        return self.route not in ("checkpoint", "wrapper subclass") if self.repairable is None else self.repairable
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.name}"
