@@ -38,6 +38,7 @@ MODES: dict[str, Mode] = {
     "identity hooks": _identity,
     "strict": torchguard.strict,
     "warn": torchguard.warn,
+    "watch": torchguard.watch,
     "strict, every call": lambda: torchguard.strict(every_call=True),
     "strict, at the read": lambda: torchguard.strict(at="read"),
     "repair": torchguard.repair,

@@ -31,6 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_counterless": set(),
     "_counts": set(),
     "_demo": set(),
+    "_explain": {
+        "_memory", "_model", "_patching", "_places", "_policy", "_saves", "_torch", "_traces", "_violation",
+        "_writers",
+    },
     "_exports": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_findings": {"_torch", "_violation"},
     "_fingerprint": {"_memory", "_torch"},
@@ -42,14 +46,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_hooks": {"_functorch", "_hooked", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
         "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory",
-        "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads", "_saves",
-        "_stashes", "_storages", "_torch", "_writers", "_writes",
+        "_patching", "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads",
+        "_saves", "_stashes", "_storages", "_torch", "_watch", "_writers", "_writes",
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_policy", "_saves", "_torch", "_writes"},
     "_ledger": set(),
     "_memory": {"_counts", "_model", "_torch"},
     "_model": set(),
     "_overlap": {"_model"},
+    "_patching": {"_torch"},
     "_places": {"_model", "_torch"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},
@@ -85,8 +90,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_switch": {"_config", "_findings", "_policy", "_progress", "_report", "_suppressions", "_violation", "guard"},
     "_torch": set(),
     "_tracebacks": {"_violation"},
+    "_traces": {"_memory", "_places", "_torch"},
     "_verdict": {"_memory", "_places", "_policy", "_saves", "_torch", "_violation"},
     "_violation": {"_model"},
+    "_watch": {
+        "_collectives", "_counterless", "_explain", "_memory", "_patching", "_places", "_policy", "_saves", "_torch",
+        "_traces", "_writers", "_writes",
+    },
     "_writers": {"_counterless", "_torch"},
     "_writes": {
         "_aliases", "_counts", "_memory", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch",
@@ -94,6 +104,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "guard": {
         "_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_stats", "_suppressions", "_violation",
+        "_watch",
     },
     "integrations": set(),
     "integrations._callback": {"_config", "_findings", "_violation", "guard"},
@@ -110,7 +121,7 @@ WITHOUT_TORCH = {
 } | {name for name in MAY_IMPORT if name.startswith("_report")}  # fmt: skip
 
 #: What may be imported from outside, beside the standard library.
-MAY_IMPORT_WRAPT = {"_intercept"}
+MAY_IMPORT_WRAPT = {"_intercept", "_patching"}
 MAY_IMPORT_PYTEST = {"pytest_plugin"}
 MAY_IMPORT_JINJA = {"_report._page"}  # torch brings it
 

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown depth": (
         lambda: Guard(depth="abyss"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: depth is one of 'saves', 'bytes', not 'abyss'",
+        "torchguard: depth is one of 'watch', 'saves', 'bytes', not 'abyss'",
     ),
     "repair at the write": (
         lambda: Guard("repair", at="write"),

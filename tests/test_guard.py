@@ -25,7 +25,7 @@ from torchguard import (
     strict,
     warn,
 )
-from torchguard._intercept import _Patch
+from torchguard._patching import Patch
 
 TakeDown = Callable[[], Any]
 
@@ -231,10 +231,10 @@ def number_of_patches() -> int:
 
 def failing_at(which: int, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
     """Let the installation of one patch fail, before or after it has taken effect."""
-    install = _Patch.install
+    install = Patch.install
     count = 0
 
-    def failing(patch: _Patch) -> None:
+    def failing(patch: Patch) -> None:
         nonlocal count
         count += 1
         if count == which and not after:
@@ -243,7 +243,7 @@ def failing_at(which: int, monkeypatch: pytest.MonkeyPatch, after: bool) -> None
         if count == which:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Patch, "install", failing)
+    monkeypatch.setattr(Patch, "install", failing)
 
 
 def test_a_failure_at_any_patch_restores_all_that_came_before(found: TakeDown) -> None:

@@ -476,12 +476,12 @@ def child_answers(y: torch.Tensor) -> int:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_forked_while_another_thread_enters_a_guard_can_enter_one() -> None:
     """Every lock that a guard takes may be held by a thread that the child does not have."""
-    from torchguard import _intercept
+    from torchguard import _patching
 
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with _intercept._lock:
+        with _patching.lock:
             held.set()
             done.wait(0.3)  # whether the fork waits for it or not
 

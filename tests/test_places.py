@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from torchguard import _places, strict
 from torchguard._model import Place
@@ -22,6 +23,7 @@ from torchguard._places import (
     operation_of,
     place_of,
     user_instruction,
+    user_instruction_above,
 )
 from torchguard._violation import SavedTensorCorruptionError, Violation
 
@@ -401,3 +403,35 @@ def test_a_users_file_whose_name_only_begins_like_a_library_is_the_users() -> No
     found = user_instruction(frames[0])
     assert found is not None
     assert found[0].co_filename == beside
+
+
+def test_the_walk_by_depth_steps_over_module_calls_and_over_nothing_else() -> None:
+    """It finds what the walk from frame to frame finds, through modules, hooks and code of the user's between."""
+    found: list[tuple[Any, Any]] = []
+
+    class Users(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) if hasattr(self, "inner") else look(x)
+
+    class Asking(nn.Identity):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return look(x)
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        for depth in range(1, 13):
+            found.append((user_instruction(sys._getframe(depth)), user_instruction_above(depth)))
+        return x
+
+    x = torch.ones(2)
+    outer = Users()
+    outer.inner = nn.Sequential(nn.Identity(), nn.Sequential(Asking()), Users())
+    hooked = nn.Sequential(Asking())
+    hooked.register_forward_hook(lambda module, args, output: look(output))
+    hooked.register_forward_pre_hook(lambda module, args: None)
+    for module in (outer, hooked, nn.Sequential(outer, hooked)):
+        module(x)
+        module.forward(x)
+    assert len(found) > 100
+    for by_frames, by_depth in found:
+        assert by_depth == by_frames
+    assert user_instruction_above(10_000) is None

@@ -90,27 +90,26 @@ def search(
         last = seed + (CHUNK if programs is None else min(CHUNK, first + programs - seed))
         left = (end - time.monotonic()) / 60
         command = [sys.executable, __file__, "--worker", str(seed), str(last), "--lines", str(lines)]
-        child = subprocess.Popen(
-            [*command, "--minutes", str(left)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
         phase = "started"
-        assert child.stdout is not None
-        for line in child.stdout:
-            if not line.startswith(_MARK):
-                continue
-            message = json.loads(line.removeprefix(_MARK))
-            seed, phase = message["seed"], message["phase"]
-            found.kinds.update(message.get("kinds", {}))
-            for failure in message.get("failures", []):
-                if failure["signature"] not in seen:
-                    seen.add(failure["signature"])
-                    found.scripts.append(failure["script"])
-                    shown(f"\n# ==== seed {seed}: {failure['what']}\n{failure['body']}\n")
-            if time.monotonic() - last_shown > 60:
-                last_shown = time.monotonic()
-                shown(f"# {seed - first} programs: {dict(found.kinds)}")
-        child.stdout.close()
-        status = child.wait()
+        with subprocess.Popen(
+            [*command, "--minutes", str(left)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if not line.startswith(_MARK):
+                    continue
+                message = json.loads(line.removeprefix(_MARK))
+                seed, phase = message["seed"], message["phase"]
+                found.kinds.update(message.get("kinds", {}))
+                for failure in message.get("failures", []):
+                    if failure["signature"] not in seen:
+                        seen.add(failure["signature"])
+                        found.scripts.append(failure["script"])
+                        shown(f"\n# ==== seed {seed}: {failure['what']}\n{failure['body']}\n")
+                if time.monotonic() - last_shown > 60:
+                    last_shown = time.monotonic()
+                    shown(f"# {seed - first} programs: {dict(found.kinds)}")
+        status = child.returncode
         if status:
             plain = phase in ("made", "known")  # without a guard: the next program, please
             found.kinds["crash of PyTorch" if plain else "crash"] += 1

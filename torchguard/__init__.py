@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         UnwatchedWarning,
         Violation,
     )
-    from torchguard.guard import Guard, allow, audit, repair, strict, warn
+    from torchguard.guard import Guard, allow, audit, repair, strict, warn, watch
 
 __all__ = [
     "Guard",
@@ -29,6 +29,7 @@ __all__ = [
     "repair",
     "strict",
     "warn",
+    "watch",
 ]
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ _HOMES = {
     "repair": "guard",
     "strict": "guard",
     "warn": "guard",
+    "watch": "guard",
 }
 
 

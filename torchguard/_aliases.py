@@ -92,6 +92,20 @@ class AliasRecord(ref[torch.Tensor]):
         return self.expected if version < 0 else version
 
 
+class LentAlias(AliasRecord):
+    """An alias to which ``watch()`` has given the counter of its source: plain ``.data`` would have its own."""
+
+    __slots__ = ()
+
+    def arm(self, alias: torch.Tensor) -> None:
+        """Its counter is the save's: there is nothing to watch."""
+
+    @property
+    def version(self) -> int:
+        """As expected: what moves the counter, PyTorch's check sees."""
+        return self.expected
+
+
 class Aliases:
     """The aliases with a counter of their own, by storage."""
 
@@ -126,12 +140,14 @@ class Aliases:
             if alias is not None:
                 self.enter(alias, storage, None if entry[1] is None else (entry[1], entry[2]), 0)
 
-    def enter(self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0) -> AliasRecord:
+    def enter(
+        self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0, lent: bool = False
+    ) -> AliasRecord:
         """Take down an alias that has just been made."""
         if storage in self.young:
             self._grow(storage)
         COUNTS.aliases += 1
-        record = AliasRecord(alias, instruction, version)
+        record = (LentAlias if lent else AliasRecord)(alias, instruction, version)
         records = self.by_storage.get(storage)
         if records is None:
             self.by_storage[storage] = [record]
@@ -247,6 +263,16 @@ class Aliases:
         """A write into this storage has been judged: what moved by it is expected."""
         for record in self.by_storage.get(storage, ()):
             record.expected = record.version
+
+    def lent(self, tensor: torch.Tensor, storage: int) -> bool:
+        """Whether ``tensor`` is, or is a view of, an alias with a counter that plain ``.data`` would not share."""
+        base = tensor._base
+        for record in self.by_storage.get(storage, ()):
+            if isinstance(record, LentAlias):
+                alias = record()
+                if alias is not None and (alias is tensor or alias is base):
+                    return True
+        return False
 
     def taken_at(self, tensor: torch.Tensor, storage: int) -> Instruction:
         """Where the alias that ``tensor`` is, or is a view of, was taken; None where nobody saw it."""

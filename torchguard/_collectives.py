@@ -27,7 +27,7 @@ from torchguard._writers import Writer
 Route = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 #: The methods of a process group that write: the public name, and the keywords of the argument that they write to.
-_METHODS = {
+METHODS = {
     "allreduce": ("all_reduce", ("tensors", "tensor")),
     "allreduce_coalesced": ("all_reduce_coalesced", ("tensors",)),
     "broadcast": ("broadcast", ("tensors", "tensor")),
@@ -59,7 +59,7 @@ def routes() -> list[tuple[Any, str, Route]]:
     """What is to be patched: owner, name, and the route that leads here."""
     found: list[tuple[Any, str, Route]] = []
     for owner in _torch.PROCESS_GROUPS:
-        for name, (title, keywords) in _METHODS.items():
+        for name, (title, keywords) in METHODS.items():
             if name in vars(owner):
                 found.append((owner, name, _route(title, keywords)))
     found += [(owner, name, _broadcast_coalesced) for owner, name in _torch.BROADCAST_COALESCED]
@@ -112,7 +112,7 @@ def _carry_out(
     frame = sys._getframe(2)
     watched: list[int] = []
     hits: list[_writes.Hit] = []
-    seen: list[Save] = []
+    seen: list[_writes.Expecting] = []
     with _torch.no_torch_function():
         _writes.look(writer, args, kwargs, watched, hits, seen)
     if not hits or _writes.is_refill(frame):
@@ -155,7 +155,9 @@ class _Arrival:
         self._here = here
         self._reasons = list(_policy.state.reasons)
         self._settled = False
-        self._unchecked: list[Save] = []  # saves whose version nobody checks, and that is to be expected to move
+        self._unchecked: list[
+            _writes.Expecting
+        ] = []  # saves whose version nobody checks, and that is to be expected to move
         self._lock = threading.RLock()
 
     def in_place_of_copies(self, value: Any) -> Any:

@@ -22,15 +22,18 @@ MODES: dict[str, dict[str, Any]] = {
     "warn": {"action": "warn"},
     "repair": {"action": "repair", "at": "read", "every_call": True},
     "audit": {"action": "raise", "depth": "bytes"},
+    "watch": {"action": "raise", "at": "read", "depth": "watch"},
 }
 #: What a guard can do, when it can judge, and what it can look at.
 ACTIONS: tuple[str, ...] = ("raise", "warn", "repair", "record")
 MOMENTS: tuple[str, ...] = ("write", "read")
-DEPTHS: tuple[str, ...] = ("saves", "bytes")
+DEPTHS: tuple[str, ...] = ("watch", "saves", "bytes")
 
 
 def senseless(action: str, at: str | None, depth: str) -> str | None:
     """What is wrong with a combination, and what would be right; None where nothing is."""
+    if depth == "watch" and at == "write":
+        return "PyTorch compares versions when backward reads: with watch, at is 'read', not 'write'"
     if action == "repair" and at == "write":
         return "repair acts when backward reads: with it, at is 'read', not 'write'"
     return None

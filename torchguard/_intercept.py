@@ -7,11 +7,7 @@ no patch can (``out=``, ``torch.ops``, functions bound before the guard came).
 
 from __future__ import annotations
 
-import copy
 import functools
-import importlib
-import inspect
-import os
 import sys
 import threading
 import types
@@ -40,11 +36,23 @@ from torchguard import (
     _stashes,
     _storages,
     _torch,
+    _watch,
     _writers,
     _writes,
 )
 from torchguard._aliases import ALIASES
 from torchguard._exports import EXPORTS
+from torchguard._patching import (
+    Attribute,
+    Patch,
+    Routed,
+    RoutedMethod,
+    RoutedWriter,
+    keep_from_the_compiler,
+    lock,
+    scripted,
+    without_collections,
+)
 from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
 from torchguard._writers import Writer
@@ -102,122 +110,7 @@ _override = Override()
 # ---- the patches -------------------------------------------------------------------------------------------
 
 
-class _Copied:
-    """Copies, deep-copies, pickles and prints as the function that is wrapped.
-
-    A module that holds ``torch.relu_`` as an attribute is copied and saved as ever, guarded or not.
-    """
-
-    __wrapped__: Any
-
-    def __repr__(self) -> str:
-        return repr(self.__wrapped__)
-
-    def __copy__(self) -> Any:
-        return copy.copy(self.__wrapped__)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return copy.deepcopy(self.__wrapped__, memo)
-
-    def __reduce__(self) -> Any:
-        return self.__reduce_ex__(2)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        function = self.__wrapped__
-        reduced = function.__qualname__ if inspect.isfunction(function) else function.__reduce_ex__(protocol)
-        if isinstance(reduced, str) and not inspect.isfunction(function):
-            # By name the pickler would find this wrapper, or, once the guard is left, not find it.
-            return getattr, (_ByName(function.__module__), reduced)
-        return reduced
-
-
-class _ByName:
-    """Pickles as the import of a module."""
-
-    def __init__(self, module: str) -> None:
-        self.module = module
-
-    def __reduce__(self) -> Any:
-        return importlib.import_module, (self.module,)
-
-
-class _BoundRouted(_Copied, wrapt.BoundFunctionWrapper[Any, Any]):
-    """``x.add_`` while ``torch.Tensor.add_`` is routed."""
-
-
-class _Routed(_Copied, wrapt.FunctionWrapper[Any, Any]):
-    """A routed function or method."""
-
-    __bound_function_wrapper__ = _BoundRouted
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        # On the class a method is the same object each time; wrapt would make a new one.
-        return self if instance is None else super().__get__(instance, owner)
-
-
-def _of_what_is_wrapped(name: str) -> Any:
-    return property(lambda self: getattr(self.__wrapped__, name))
-
-
-class _BoundWriter(_Copied, functools.partial):  # type: ignore[type-arg]
-    # x.add_ while torch.Tensor.add_ is routed. Calling a partial is all in C; for all but a call it is what it stands
-    # for. (No __getattribute__: dynamo takes that for something that it cannot trace.)
-    __slots__ = ()
-
-    @property
-    def __wrapped__(self) -> Any:
-        return self.func.original.__get__(*self.args)  # type: ignore[attr-defined]
-
-    __class__ = _of_what_is_wrapped("__class__")
-    __doc__ = _of_what_is_wrapped("__doc__")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__wrapped__, name)
-
-    def __dir__(self) -> Any:
-        return dir(self.__wrapped__)
-
-    def __eq__(self, other: object) -> Any:
-        return self.__wrapped__ == (other.__wrapped__ if isinstance(other, _BoundWriter) else other)
-
-    def __hash__(self) -> int:
-        return hash(self.__wrapped__)
-
-
-_BoundWriter.__module__ = _of_what_is_wrapped("__module__")
-
-
-class _RoutedWriter(_Routed):
-    """A routed method that writes, as it is found on the class."""
-
-    def __init__(self, function: Any, call: Callable[..., Any]) -> None:
-        super().__init__(function, lambda _, __, args, kwargs: call(*args, **kwargs))
-        self._self_call = call
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else _BoundWriter(self._self_call, instance)
-
-
-class _RoutedMethod:
-    """What stands in ``torch.Tensor`` for a method that writes.
-
-    Binding and calling through wrapt's descriptor takes five times as many instructions.
-    """
-
-    __slots__ = ("call", "on_class")
-
-    def __init__(self, on_class: _RoutedWriter, call: Callable[..., Any]) -> None:
-        self.on_class = on_class
-        self.call = call
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self.on_class if instance is None else _BoundWriter(self.call, instance)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
-
-
-def _route_method(function: Any) -> _RoutedMethod:
+def _route_method(function: Any) -> RoutedMethod:
     """The route from a patched method of ``torch.Tensor`` into the override.
 
     Nearly all writes are to memory that no live save has anything to do with; they are let through here.
@@ -252,7 +145,7 @@ def _route_method(function: Any) -> _RoutedMethod:
         return judge(function, (), args, kwargs)
 
     call.original = function  # type: ignore[attr-defined]
-    return _RoutedMethod(_RoutedWriter(function, call), call)
+    return RoutedMethod(RoutedWriter(function, call), call)
 
 
 def _route_function(function: Any) -> Callable[..., Any]:
@@ -312,57 +205,6 @@ def _route_statistics(function: Any, writer: Writer) -> Callable[..., Any]:
     return route
 
 
-class _Patch:
-    """One attribute to replace, and what was there."""
-
-    __slots__ = ("inherited", "name", "original", "owner", "replacement")
-
-    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
-        self.owner = owner
-        self.name = name
-        self.replacement = replacement
-        self.original: Any = None
-        self.inherited = True
-
-    def install(self) -> None:
-        own = vars(self.owner)
-        self.inherited = self.name not in own
-        self.original = own.get(self.name)
-        setattr(self.owner, self.name, self.replacement)
-
-    def restore(self) -> None:
-        """Undo :meth:`install`, or what an interrupt left of it."""
-        here = vars(self.owner).get(self.name)
-        if here is not self.replacement and not (
-            # Somebody took the method from the class and put it back.
-            isinstance(self.replacement, _RoutedMethod) and here is self.replacement.on_class
-        ):
-            return
-        if self.inherited:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self.original)
-        self.original = None
-
-
-class _Attribute:
-    """A descriptor in the place of one of torch's own; on the class it shows the one that it replaces."""
-
-    def __init__(self, original: Any, get: Any = None, set: Any = None) -> None:
-        self._original = original
-        self._get = get or original.__get__
-        self._set = set or original.__set__
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self._original if instance is None else self._get(instance)
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        self._set(instance, value)
-
-    def __delete__(self, instance: Any) -> None:
-        self._original.__delete__(instance)
-
-
 _original_data: Any = torch.Tensor.data
 
 
@@ -395,10 +237,13 @@ def _data_getter() -> Callable[..., Any]:
     by_storage = ALIASES.by_storage
     inside_library = _places.inside_library
     getframe = sys._getframe
+    watching = _watch.watching
 
     def get_data(_: _Data, instance: Any, owner: Any = None) -> Any:
         if instance is None:
             return _original_data
+        if watching:
+            return _lend(instance, getframe(1))
         alias = get(instance)
         frame = getframe(1)
         kind = type(alias)
@@ -432,8 +277,17 @@ def _data_getter() -> Callable[..., Any]:
 _Data.__get__ = _data_getter()  # type: ignore[attr-defined]
 
 
+def _lend(tensor: torch.Tensor, frame: Any) -> Any:
+    """``x.data`` where a ``watch()`` is on as well: by itself the alias would have a counter of its own."""
+    alias, shares = _watch.alias_of(tensor, frame)
+    if isinstance(alias, torch.Tensor):
+        version = _memory.version_of(alias) if shares else 0
+        _writes.enter_alias(alias, _places.user_instruction(frame), version, lent=shares)
+    return alias
+
+
 def _set_data(tensor: torch.Tensor, value: Any) -> None:
-    _writes.rebind(_original_data.__set__, tensor, value)
+    _writes.rebind(_watch.rebind if _watch.watching else _original_data.__set__, tensor, value)
 
 
 def _part_setter(name: str) -> Callable[[torch.Tensor, Any], None]:
@@ -479,7 +333,7 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
 def _compile(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.compile``: its first call loads the compiler, which is patched once it is there."""
     _torch.load_compiler()
-    with _lock:
+    with lock:
         if _installed:
             _patch_the_compiler()
     return wrapped(*args, **kwargs)
@@ -492,19 +346,19 @@ def _patch_the_compiler() -> None:
             return
         owner, name = where
         wrapper = wrapt.FunctionWrapper(getattr(owner, name), _compiled.compile_region)
-        _compiler_patches.append(_Patch(owner, name, wrapper))
+        _compiler_patches.append(Patch(owner, name, wrapper))
     for patch in _compiler_patches:
         if vars(patch.owner).get(patch.name) is not patch.replacement:
             patch.install()
 
 
-def _prepare() -> list[_Patch]:
+def _prepare() -> list[Patch]:
     """Everything that is patched while a guard is on, made once."""
     # Tables that torch makes once, on the first call, from what it finds then.
     torch.overrides.get_overridable_functions()
     torch.overrides.get_testing_overrides()
     patches = []
-    wrappers: dict[int, _Routed | _RoutedMethod] = {}
+    wrappers: dict[int, Routed | RoutedMethod] = {}
     # torch._C._nn is replaced as a whole: its functions pickle by the module's name, which must lead to them.
     nn_functions = types.ModuleType(_torch.NN.__name__)
     nn_functions.__dict__.update(vars(_torch.NN))
@@ -523,34 +377,34 @@ def _prepare() -> list[_Patch]:
                 if namespace is torch.Tensor:
                     wrapper = _route_method(function)
                 elif writer.keeps_statistics:
-                    wrapper = _Routed(function, _route_statistics(function, writer))
+                    wrapper = Routed(function, _route_statistics(function, writer))
                 else:
-                    wrapper = _Routed(function, _route_function(function))
+                    wrapper = Routed(function, _route_function(function))
                 wrappers[id(function)] = wrapper
             if owner is nn_functions:
                 setattr(owner, name, wrapper)
             else:
-                patches.append(_Patch(owner, name, wrapper))
-    patches.append(_Patch(*_torch.NN_FUNCTIONS, nn_functions))
+                patches.append(Patch(owner, name, wrapper))
+    patches.append(Patch(*_torch.NN_FUNCTIONS, nn_functions))
     WRITERS[torch.nn.init.eye_] = _writers.EYE
-    patches.append(_Patch(torch.nn.init, "eye_", _Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_))))
-    patches += [_Patch(owner, name, _Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
-    patches.append(_Patch(torch.utils, "swap_tensors", _Routed(torch.utils.swap_tensors, _swap_tensors)))
-    patches += [_Patch(owner, "detach_", _Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
-    patches.append(_Patch(torch.Tensor, "data", _Data()))
+    patches.append(Patch(torch.nn.init, "eye_", Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_))))
+    patches += [Patch(owner, name, Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
+    patches.append(Patch(torch.utils, "swap_tensors", Routed(torch.utils.swap_tensors, _swap_tensors)))
+    patches += [Patch(owner, "detach_", Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
+    patches.append(Patch(torch.Tensor, "data", _Data()))
     patches += [
-        _Patch(torch.Tensor, name, _Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
+        Patch(torch.Tensor, name, Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")
     ]
     patches += [
-        _Patch(torch.Tensor, name, _Routed(getattr(torch.Tensor, name), _writes.reshapes(name)))
+        Patch(torch.Tensor, name, Routed(getattr(torch.Tensor, name), _writes.reshapes(name)))
         for name in _writers.RESHAPING
     ]
     patches += _storage_patches() + _interchange_patches()
     block = _torch.PRESERVING_BLOCK
     if block is not None:
         patches += [
-            _Patch(block, name, wrapt.FunctionWrapper(vars(block)[name], route))
+            Patch(block, name, wrapt.FunctionWrapper(vars(block)[name], route))
             for name, route in (
                 ("__init__", _preserved.begin),
                 ("__enter__", _preserved.begin),
@@ -560,41 +414,41 @@ def _prepare() -> list[_Patch]:
     module, off, on = _torch.HOOK_SWITCHES
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):
-            patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
+            patches.append(Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
     for places, route in ((_torch.HOOK_PUSHES, _hooks.push_composed), (_torch.HOOK_POPS, _hooks.pop_program)):
         for module, name in places:
-            patches.append(_Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
+            patches.append(Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
     module, top = _torch.HOOK_TOP
     if hasattr(module, top):
-        patches.append(_Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
+        patches.append(Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
     _recompute.writer_of = _writer_in_checkpoint
     module, hook = _torch.CHECKPOINT_HOOK
     if hasattr(module, hook):
-        patches.append(_Patch(module, hook, wrapt.FunctionWrapper(getattr(module, hook), _recompute.checkpoint_hook)))
+        patches.append(Patch(module, hook, wrapt.FunctionWrapper(getattr(module, hook), _recompute.checkpoint_hook)))
     function, forward = _torch.CHECKPOINT_FORWARD
     routed = wrapt.FunctionWrapper(getattr(function, forward), _recompute.checkpoint_forward)
-    patches.append(_Patch(function, forward, staticmethod(routed)))
+    patches.append(Patch(function, forward, staticmethod(routed)))
     backward = torch.autograd.function.BackwardCFunction
-    patches.append(_Patch(backward, _compiled.STASH, _compiled.StashAttribute()))
-    patches.append(_Patch(backward, "saved_tensors", _Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
-    patches.append(_Patch(torch, "compile", _Routed(torch.compile, _compile)))
+    patches.append(Patch(backward, _compiled.STASH, _compiled.StashAttribute()))
+    patches.append(Patch(backward, "saved_tensors", Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
+    patches.append(Patch(torch, "compile", Routed(torch.compile, _compile)))
     start = threading.Thread.start
-    patches.append(_Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
+    patches.append(Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
     patches += [
-        _Patch(owner, name, wrapt.FunctionWrapper(getattr(owner, name), route)) for owner, name, route in _pools.ROUTES
+        Patch(owner, name, wrapt.FunctionWrapper(getattr(owner, name), route)) for owner, name, route in _pools.ROUTES
     ]
     return patches
 
 
-def _storage_patches() -> list[_Patch]:
+def _storage_patches() -> list[Patch]:
     storage = torch.UntypedStorage
     routes = {name: _storages.writes(name) for name in _torch.STORAGE_WRITERS}
     routes["resize_"] = _storages.resize
     routes.update(dict.fromkeys(_torch.STORAGE_SHARERS, _interchange.share))
     patches = [
-        _Patch(storage, name, _Routed(getattr(storage, name), _of_instance(route))) for name, route in routes.items()
+        Patch(storage, name, Routed(getattr(storage, name), _of_instance(route))) for name, route in routes.items()
     ]
-    return [*patches, _Patch(torch.Tensor, "set_", _Routed(torch.Tensor.set_, _storages.enter_alias))]
+    return [*patches, Patch(torch.Tensor, "set_", Routed(torch.Tensor.set_, _storages.enter_alias))]
 
 
 def _of_instance(route: Callable[..., Any]) -> Callable[..., Any]:
@@ -608,7 +462,7 @@ def _of_instance(route: Callable[..., Any]) -> Callable[..., Any]:
     return bound
 
 
-def _interchange_patches() -> list[_Patch]:
+def _interchange_patches() -> list[Patch]:
     taken = [(torch, name) for name in ("from_numpy", "as_tensor", "asarray", "frombuffer", "from_dlpack")]
     routes: list[tuple[Any, str, Any]] = [
         (torch.Tensor, "numpy", _interchange.to_numpy),
@@ -616,64 +470,40 @@ def _interchange_patches() -> list[_Patch]:
         *((owner, name, _interchange.take_in) for owner, name in [*taken, (torch.utils.dlpack, "from_dlpack")]),
         (torch, "from_file", _interchange.from_file),
     ]
-    wrappers: dict[int, _Routed] = {}
+    wrappers: dict[int, Routed] = {}
     patches = []
     for owner, name, route in routes:
         function = getattr(owner, name)
-        wrapper = wrappers.setdefault(id(function), _Routed(function, route))  # one function, several names
-        patches.append(_Patch(owner, name, wrapper))
+        wrapper = wrappers.setdefault(id(function), Routed(function, route))  # one function, several names
+        patches.append(Patch(owner, name, wrapper))
     interface: Any = torch.Tensor.__cuda_array_interface__
     get = _interchange.cuda_array_interface(interface.__get__)
-    return [*patches, _Patch(torch.Tensor, "__cuda_array_interface__", _Attribute(interface, get))]
+    return [*patches, Patch(torch.Tensor, "__cuda_array_interface__", Attribute(interface, get))]
 
 
-def _keep_from_the_compiler() -> None:
-    """What judges a call is no part of the program that torch.compile is to compile."""
-    codes = [
-        value.__code__
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == __package__
-        for owner in (module, *filter(inspect.isclass, vars(module).values()))
-        for value in vars(owner).values()
-        if inspect.isfunction(value) and value.__module__.partition(".")[0] == __package__
-    ]
-    while codes:
-        code = codes.pop()
-        _torch.skip_compiling(code)
-        codes += filter(inspect.iscode, code.co_consts)
-
-
-def _scripted(patches: list[_Patch]) -> list[tuple[Any, str]]:
-    """The wrappers that TorchScript has to take for an operator, and the operator's name."""
-    wrappers = {id(patch.replacement): patch.replacement for patch in patches}
-    for patch in patches:
-        if isinstance(patch.replacement, types.ModuleType):
-            wrappers.update((id(value), value) for value in vars(patch.replacement).values())
-    routed = [wrapper.on_class if isinstance(wrapper, _RoutedMethod) else wrapper for wrapper in wrappers.values()]
-    names = [(wrapper, _torch.script_name(wrapper.__wrapped__)) for wrapper in routed if isinstance(wrapper, _Routed)]
-    return [(wrapper, name) for wrapper, name in names if name is not None]
-
-
-_patches: list[_Patch] = []
-_compiler_patches: list[_Patch] = []
+_patches: list[Patch] = []
+_compiler_patches: list[Patch] = []
 _script_names: list[tuple[Any, str]] = []
 _installed = 0
-_lock = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    # A child must not be forked while another thread is half-way through the patches.
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def prepare() -> None:
+    """Make the patches, before anything is patched."""
+    with lock:
+        if not _patches:
+            with without_collections():
+                keep_from_the_compiler()
+                prepared = _prepare()
+                _script_names.extend(scripted(prepared))
+                _patches.extend(prepared)
 
 
 def install() -> None:
     """Patch torch; the second and later calls only count."""
     global _installed
-    with _lock:
+    with lock:
         if _installed == 0:
-            if not _patches:
-                _keep_from_the_compiler()
-                prepared = _prepare()
-                _script_names.extend(_scripted(prepared))
-                _patches.extend(prepared)
+            prepare()
             EXPORTS.renew()
             try:
                 for patch in _patches:
@@ -690,7 +520,7 @@ def install() -> None:
 def uninstall() -> None:
     """Undo :func:`install`; the last call restores every attribute."""
     global _installed
-    with _lock:
+    with lock:
         _installed -= 1
         if _installed == 0:
             _restore()
@@ -715,19 +545,19 @@ class _WhileAsked:
     """A patch that only some guards need."""
 
     def __init__(self, owner: Any, name: str, replacement: Any) -> None:
-        self._patch = _Patch(owner, name, replacement)
+        self._patch = Patch(owner, name, replacement)
         self._count = 0
 
     def begin(self) -> None:
         """Patch; the second and later calls only count."""
-        with _lock:
+        with lock:
             if self._count == 0:
                 self._patch.install()
             self._count += 1
 
     def end(self) -> None:
         """Undo :meth:`begin`; the last call restores what was there."""
-        with _lock:
+        with lock:
             self._count -= 1
             if self._count == 0:
                 self._patch.restore()
@@ -735,7 +565,7 @@ class _WhileAsked:
 
 #: See what custom Functions stash (for audit), and whom addresses are told (for repair).
 STASHES = _WhileAsked(torch.autograd.Function, "apply", _stashes.APPLY)
-POINTERS = _WhileAsked(torch.Tensor, "data_ptr", _Routed(torch.Tensor.data_ptr, _interchange.to_pointer))
+POINTERS = _WhileAsked(torch.Tensor, "data_ptr", Routed(torch.Tensor.data_ptr, _interchange.to_pointer))
 
 
 def see_every_call() -> None:

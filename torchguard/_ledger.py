@@ -101,11 +101,20 @@ class Ledger(Generic[E]):
         groups, is_foreign, filing = self.groups, self._is_foreign, self.filing
         with self._lock:
             filing.append(None)
-            take = pending.popleft
-            taken = len(pending)
-            # Nobody else takes from it. Most have died: they are sorted out without a step of Python's for each.
-            for entry in filter(None, map(_call, [take() for _ in range(taken)])):
-                item = ref(entry)  # the one that was pending: an object has one
+            waiting = pending
+            taken = 0
+            if len(pending) > _LARGE:
+                # Nobody else takes from it. Most have died: they are sorted out without a step of Python's for each.
+                taken = len(pending)
+                take = pending.popleft
+                alive = filter(None, map(_call, [take() for _ in range(taken)]))
+                waiting = deque(ref(entry) for entry in alive)  # the reference that was pending: an object has one
+            while waiting:
+                item = waiting.popleft()
+                taken += waiting is pending
+                entry = item()
+                if entry is None:
+                    continue
                 storage = entry.storage
                 group = groups.get(storage)
                 if group is not None and not any(other() is not None for other in reversed(group)):
@@ -306,7 +315,7 @@ class _Spans:
         self.size = 0
         self._anywhere: list[ref[Any]] = []
         self._by_stretch: dict[tuple[int, int], list[ref[Any]]] = {}
-        self._map = _AddressMap()
+        self._map = _AddressMap(smallest=5)  # single elements of a buffer may be saved
 
     def enter(self, item: ref[Any], stretch: tuple[int, int] | None) -> None:
         self.size += 1
@@ -335,14 +344,13 @@ class _AddressMap:
     the number of keys.
     """
 
-    _SMALLEST = 9
-
-    def __init__(self) -> None:
+    def __init__(self, smallest: int = 9) -> None:
+        self._smallest = smallest  # exponent of the size of the smallest buckets
         self._levels: dict[int, dict[int, set[Any]]] = {}
         self._stretches: dict[Any, tuple[int, int]] = {}
 
     def _buckets(self, low: int, high: int) -> tuple[int, range]:
-        level = max(self._SMALLEST, (high - low - 1).bit_length())
+        level = max(self._smallest, (high - low - 1).bit_length())
         return level, range(low >> level, ((high - 1) >> level) + 1)
 
     def add(self, key: Any, low: int, high: int) -> None:

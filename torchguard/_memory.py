@@ -246,7 +246,10 @@ def over(
 
 def overwrite(tensor: torch.Tensor, replica: torch.Tensor) -> None:
     """Put what a replica holds into the tensor's elements; no version counter of the tensor moves."""
-    _copy(_get_data(_torch.behind(tensor)), _torch.behind(replica))
+    target, source = _get_data(_torch.behind(tensor)), _torch.behind(replica)
+    if 0 in target.stride():  # elements that lie over each other: torch copies memory, and not elements, into them
+        target, source = _stretch(target), _stretch(source)
+    _copy(target, source)
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from torchguard._violation import Violation
 class Respondent(Protocol):
     """What answers a violation: a guard."""
 
+    #: What it knows of saves: "watch" for nothing.
+    depth: Any
+
     @property
     def judges_at_read(self) -> bool:
         """Whether it lets the bytes decide when backward reads, wherever a write was seen coming."""
@@ -73,6 +76,20 @@ def innermost() -> Respondent | None:
     if process_wide:
         return process_wide[-1]
     return entered[-1] if entered else None
+
+
+def innermost_of_depth(depth: str) -> Respondent | None:
+    """The same of those guards that have this depth."""
+    for guards in (state.guards, process_wide, entered):
+        for guard in reversed(guards):
+            if guard.depth == depth and guard in entered:
+                return guard
+    return None
+
+
+def is_watch(guard: Respondent | None) -> bool:
+    """Whether a guard leaves it to PyTorch to refuse."""
+    return guard is not None and guard.depth == "watch"
 
 
 def enter(guard: Respondent, everywhere: bool = False) -> None:
@@ -163,8 +180,9 @@ def note_unwatched(what: str) -> None:
 
 
 def inherited() -> list[Respondent]:
-    """The guards that a thread started now should find itself under."""
-    return [*process_wide, *(guard for guard in still_entered(state.guards) if guard not in process_wide)]
+    """The guards that a thread started now should find itself under; none where nothing is to be done for them."""
+    guards = [*process_wide, *(guard for guard in still_entered(state.guards) if guard not in process_wide)]
+    return guards if any(guard.depth != "watch" for guard in guards) else []
 
 
 def still_entered(guards: Iterable[Respondent]) -> list[Respondent]:

@@ -515,7 +515,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             or number < 0  # this torch does not tell: never risk a cycle
             or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
             or (
-                (save.version or exotic or references(tensor) <= FRESH + depth - 2)
+                (save.version or exotic or (references(tensor) <= FRESH + depth - 2 and not tensor._is_view()))
                 and made_last(grad_fn, number - _copied_itself(save))
             )
         ):
@@ -617,9 +617,11 @@ def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
     """A ``_foreach_`` operator makes all its nodes before it saves: only its last output was told as one.
 
     Going back from there, what one instruction saved, of one type of node, with numbers that run without a
-    gap, are outputs as well. (``h = h.cumprod(0)`` in a loop, which saves its input and its output, looks the
-    same: its input is then kept as an alias, and ``h.data = y`` on it is not reported.)
+    gap, are outputs as well. What saves its input and its output (``h = h.cumprod(0)`` in a loop) looks the same, but
+    for the name that it is called by. (Where that does not tell, its input is kept as an alias, and ``h.data = y`` on
+    it is not reported.)
     """
+    mended = False
     for item in _latest(1024):
         save = item()
         if save is None or save.node is not None or save.inner_code is not code:
@@ -628,6 +630,9 @@ def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
         number -= 1
         if grad_fn is None or _torch.node_type(grad_fn) is not node or _torch.sequence_number(grad_fn) != number:
             return
+        if not mended and code and _places.operation_of((code, save.inner_offset)) == operation_of_node(node.__name__):
+            return  # ``h.cumprod(0).cumprod(0)``
+        mended = True
         save.node = node
         save.output = save.tensor.output_nr
         save.tensor = save.tensor.detach()

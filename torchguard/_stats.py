@@ -72,7 +72,9 @@ class Tally:
         self._begun.append(_now())
 
     def end(self) -> None:
-        """Until now."""
+        """Until now; nothing where it never began."""
+        if not self._begun:
+            return
         begun = self._begun.pop()
         if not self._begun:  # one call inside another counts once
             self._ended = tuple(a + b - c for a, b, c in zip(self._ended, _now(), begun, strict=True))

@@ -567,6 +567,8 @@ if hasattr(os, "register_at_fork"):
 
 def _cover_other_threads(guard: Guard) -> None:
     """Save hooks are a thread's own: threads that run already have to be reached, or told of."""
+    if guard.depth == "watch":
+        return  # what it patches, it patches for all of them
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
     if threading.main_thread() in others and _call_in_main_thread(guard):
         others.remove(threading.main_thread())

@@ -8,6 +8,7 @@ guard can say what it does not watch instead of crashing.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -68,9 +69,12 @@ _free: Any = getattr(_Storage, "_free_weak_ref", None)
 _CAN_HOLD_WEAKLY = all(hasattr(_Storage, name) for name in ("_weak_ref", "_new_with_weak_ptr", "_free_weak_ref"))
 
 
+_untyped_storage: Callable[[torch.Tensor], Any] = torch.Tensor.untyped_storage
+
+
 def weak_storage(tensor: torch.Tensor) -> WeakStorage | None:
     """A weak hold on the tensor's storage; None where this torch has none."""
-    return WeakStorage(tensor.untyped_storage()) if _CAN_HOLD_WEAKLY else None
+    return WeakStorage(_untyped_storage(tensor)) if _CAN_HOLD_WEAKLY else None
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:
@@ -120,6 +124,16 @@ def set_version(tensor: torch.Tensor, version: int) -> None:
         _set_counter(tensor, version)
 
 
+# A leaf or an input that was saved is held by its node, and that shows in the number of its holders.
+
+_use_count: Callable[[torch.Tensor], int] | None = getattr(torch.Tensor, "_use_count", None)
+
+
+def holders(tensor: torch.Tensor) -> int:
+    """How many hold the tensor, all of Python counting for one: at least 2 where a node has saved the very tensor."""
+    return 1 if _use_count is None else _use_count(tensor)
+
+
 # ---- modes and subclasses ----------------------------------------------------------------------------------
 # Reading ``tensor._version`` calls a user's ``__torch_function__``; the guard must not be seen by it.
 
@@ -132,14 +146,14 @@ no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_Dis
 no_transforms: Callable[[], AbstractContextManager[Any]] = getattr(_C, "_DisableFuncTorch", nullcontext)
 
 
-_innermost_transform: Callable[[], Any] = getattr(
+innermost_transform: Callable[[], Any] = getattr(
     getattr(_C, "_functorch", None), "peek_interpreter_stack", lambda: None
 )
 
 
 def any_mode_active() -> bool:
     """Whether a user's mode, or a transform of torch.func, would see what is done with tensors now."""
-    return function_mode_active() or dispatch_mode_depth() > 0 or _innermost_transform() is not None
+    return function_mode_active() or dispatch_mode_depth() > 0 or innermost_transform() is not None
 
 
 @contextmanager
@@ -273,6 +287,11 @@ def tracing() -> bool:
     """Whether torch.compile is tracing in this thread: what is called then is not the program's run."""
     context = getattr(getattr(torch, "_guards", None), "TracingContext", None)
     return context is not None and context.try_get() is not None
+
+
+def is_simulated(tensor: torch.Tensor) -> bool:
+    """Whether this tensor of a compiler's stands for another one and has no memory."""
+    return type(tensor).__module__ in ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
 
 
 # ---- autograd ----------------------------------------------------------------------------------------------
@@ -607,6 +626,90 @@ def evaluates(result: Any) -> bool:
     return getattr(getattr(first, "grad_fn", None), "_saved_training", None) is False
 
 
+def live_with_node(node: Any, item: object) -> None:
+    """Keep ``item`` alive as long as the node lives: its metadata is what the node itself holds."""
+    node.metadata.setdefault("torchguard", []).append(item)
+
+
+is_tracing: Callable[[], bool] = getattr(_C, "_is_tracing", lambda: False)
+
+#: What records a graph by running Python, by name.
+TRACERS = [
+    (owner, name)
+    for owner in (_C, getattr(_C, "ScriptModule", None))
+    for name in (
+        "_create_function_from_trace",
+        "_create_function_from_trace_with_dict",
+        "_create_graph_by_tracing",
+        "_create_method_from_trace",
+        "_create_method_from_trace_with_dict",
+    )
+    if hasattr(owner, name)
+]
+
+#: Where every backward pass that Python asks for enters the engine, by name.
+ENGINE_ENTRIES = [
+    (module, "_engine_run_backward")
+    for module in (torch.autograd, torch.autograd.graph)
+    if hasattr(module, "_engine_run_backward")
+]
+
+#: What every refusal of PyTorch's says, and the versions in it.
+REFUSES = "has been modified by an inplace operation"
+VERSIONS = re.compile(r"is at version (\d+); expected version (\d+)")
+
+
+def refused_saves(roots: Iterable[Any], message: str) -> Iterator[tuple[Any, torch.Tensor]]:
+    """The nodes of a graph that PyTorch refuses to run with ``message``, each with what it has saved.
+
+    Args:
+        roots: tensors, or edges as ``torch.autograd.graph.get_gradient_edge`` makes them.
+    """
+    waiting = [getattr(root, "node", None) or getattr(root, "grad_fn", None) for root in roots]
+    met = {id(node) for node in waiting}
+    alive = []  # an id is not used again meanwhile
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        alive.append(node)
+        for name in dir(type(node)):
+            if name.startswith(_SAVED):
+                yield from ((node, tensor) for tensor in _refused_variables(node, name, message))
+        for following, _ in node.next_functions:
+            if following is not None and id(following) not in met:
+                met.add(id(following))
+                waiting.append(following)
+
+
+def _refused_variables(node: Any, name: str, message: str) -> Iterator[torch.Tensor]:
+    try:
+        raw = getattr(node, name)
+    except (RuntimeError, AttributeError):  # freed
+        return
+    several = isinstance(raw, (list, tuple))
+    if several and isinstance(node, torch.autograd.function.BackwardCFunction):
+        error = _error_of(lambda: _saved_tensors.__get__(node))
+    else:
+        error = _error_of(lambda: getattr(node, "_" + name[len("_raw_") :]))
+    if error != message:
+        return
+    for variable in raw if several else (raw,):
+        held = getattr(variable, "data", None)
+        held = getattr(held, "tensor", held)  # a guard's own record
+        # Of several, those that can be had are not it; without its node, an output is refused in other words.
+        if isinstance(held, torch.Tensor) and not (several and _error_of(variable.unpack) is None):
+            yield held
+
+
+def _error_of(read: Callable[[], Any]) -> str | None:
+    try:
+        read()
+    except (RuntimeError, AttributeError) as error:
+        return str(error)
+    return None
+
+
 #: The block that puts version counters back.
 PRESERVING_BLOCK: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
 
@@ -690,6 +793,12 @@ def missing() -> list[str]:
         told.append(
             "torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering, and what is "
             "saved under a program's own save hooks is not watched"
+        )
+    if _use_count is None:
+        told.append("torch has no Tensor._use_count: under watch(), x.data = y on a saved tensor")
+    if not hasattr(getattr(_autograd, "SavedTensor", None), "data"):
+        told.append(
+            "torch does not show saved tensors: under watch(), a refusal does not name the lines that led to it"
         )
     if not _CAN_HOLD_WEAKLY:
         told.append("torch has no weak references to storages: save hooks that return a key are judged less exactly")

@@ -21,6 +21,7 @@ Kind = Literal[
     "recompute",
     "tracked",
     "invisible",
+    "refused",
 ]
 
 
@@ -141,6 +142,18 @@ operation.""",
         "do it after backward(), or on a clone()",
         seen=False,
     ),
+    "refused": _Wording(
+        "{write} through {alias}",
+        """\
+torchguard.watch() gives an alias made by .data the version counter of its source, and moves the
+counter for writes that move none: so PyTorch sees the write, and refuses. Counters belong to a
+whole storage: a write to another part of it moves them, too.""",
+        "do it after backward(), or on {name}.data.clone(); torchguard.strict() stops at the line that writes",
+        seen=False,
+        by_alias=True,
+        unknown_writer="between alias and read; watch() sees no writes, torchguard.strict() does",
+        verb="moved the version of a tensor saved for backward",
+    ),
 }
 
 _REPAIRED = """\
@@ -209,6 +222,7 @@ class Violation:
         thread: name of the thread that wrote.
         times: how often this site was hit while the guard was on.
         step: the step of the training that it was first hit in, if the guard was told (``Guard.step``).
+        refusal: PyTorch's own error message, word for word, where PyTorch refused.
     """
 
     kind: Kind
@@ -230,6 +244,7 @@ class Violation:
     step: int | None = None
     largest_difference: float | None = None
     repaired: bool = False
+    refusal: str = ""
 
     @property
     def site(self) -> tuple[Any, ...]:
@@ -286,11 +301,14 @@ class Violation:
             lines.append(f"  {paint('step     ', 'label')} {self.step}")
         explanation = _REPAIRED.splitlines() if self.repaired else self._explanation()
         lines += ["", *(f"  {line}" for line in explanation), *self._ways_out(paint)]
+        if self.refusal:
+            lines += ["", self.refusal]
         return "\n".join(lines)
 
     def _headline(self) -> str:
         wording = _WORDINGS[self.kind]
-        what = wording.headline.format(write=self.operation or "a write", alias=self._alias())
+        headline = "{write}" if self.kind == "refused" and self.aliased is None else wording.headline
+        what = headline.format(write=self.operation or "a write", alias=self._alias())
         corrupts = "has corrupted" if self.largest_difference is not None else "may have corrupted"
         if self.caught == "write":
             corrupts = "would corrupt"
@@ -311,16 +329,17 @@ class Violation:
         if self.largest_difference is not None:
             changed += f", by up to {self.largest_difference:.3g}"
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
-        if _WORDINGS[self.kind].by_alias:
+        if _WORDINGS[self.kind].by_alias and not (self.kind == "refused" and self.aliased is None):
             places.append(("aliased", self.aliased, ""))
         if self._writer_unknown:
             places.append(("written", None, ""))
             # Not compared, it is the whole save for all the guard knows.
-            unknown = self.kind in ("unseen", "recompute", "stashed", "wrapped") and self.largest_difference is None
-            bound = "up to " if unknown else ""
+            bounded = self.kind in ("unseen", "recompute", "stashed", "wrapped", "refused")
+            bound = "up to " if bounded and self.largest_difference is None else ""
             places.append(("read", self.written, bound + changed))
         else:
-            places.append(("written", self.written, changed))
+            bound = "up to " if self.kind == "refused" else ""
+            places.append(("written", self.written, bound + changed))
             if self.caught == "read" and self.read != self.written:
                 places.append(("read", self.read, ""))
         return places
@@ -330,6 +349,8 @@ class Violation:
         return not _WORDINGS[self.kind].seen and not self.operation
 
     def _unknown(self, label: str) -> str:
+        if label == "saved" and self.kind == "refused":
+            return "(watch() does not keep where: torchguard.strict() does)"
         if label == "aliased":
             return "(the alias was made before the guard came, or by a route it does not follow)"
         if label == "written" and self._writer_unknown:

@@ -117,14 +117,15 @@ class Writer:
         """
         if not target.requires_grad or self.collective:
             return False
-        return self.calls_back or (target.is_leaf and torch.is_grad_enabled())
+        try:
+            return self.calls_back or (torch.is_grad_enabled() and target.is_leaf)
+        except RuntimeError:  # a view of which PyTorch cannot tell any more where it comes from
+            return True
 
     @property
     def title(self) -> str:
         """The name as a report shows it."""
-        if self.on_storage:
-            return self.name
-        return _TITLES.get(self.name, f"{self.name}()")
+        return self.name if self.on_storage else title_of(self.name)
 
     def counts(self, target: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the version counter of ``target`` moves in a call with these arguments."""
@@ -174,6 +175,11 @@ _TITLES = {
     "__ilshift__": "<<=",
     "__irshift__": ">>=",
 }
+
+
+def title_of(name: str) -> str:
+    """A call of this name as a report shows it."""
+    return _TITLES.get(name, f"{name}()")
 
 
 def tensors_in(value: Any) -> Iterable[torch.Tensor]:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,6 +49,13 @@ class _Done(Exception):
     def __init__(self, rehearsal: Rehearsal) -> None:
         super().__init__()
         self.rehearsal = rehearsal
+
+
+class Expecting(Protocol):
+    """What is to be told once a call that moves a version has been made."""
+
+    def expect_version(self) -> None:
+        """What the version is now is expected."""
 
 
 @dataclass
@@ -96,7 +103,7 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
         _note_thread()
     watched: list[int] = []
     hits: list[Hit] = []
-    seen: list[Save] = []
+    seen: list[Expecting] = []
     with _torch.no_torch_function():
         look(writer, args, kwargs, watched, hits, seen)
     if hits and writer.keeps_statistics:
@@ -196,7 +203,7 @@ def look(
     kwargs: Mapping[str, Any],
     watched: list[int],
     hits: list[Hit],
-    seen: list[Save],
+    seen: list[Expecting],
 ) -> None:
     """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
     version PyTorch does not check and that therefore is to be expected to move.
@@ -219,16 +226,19 @@ def look(
         saves = [save for save in saves if not isinstance(save, Reread)]
         counted = not inside and writer.counts(target, args, kwargs)
         repairs = _policy.repairer() is not None
+        lent = counted and ALIASES.lent(target, storage) and not _policy.is_watch(_policy.innermost())
         preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
         for save in saves:
             if not save.checked and not save.tracked:
                 seen.append(save)
+            elif lent and save.checked and not save.moved:
+                seen.append(_Spared(save))
             if not _may_write_to(target, save):
                 if repairs and counted and save.checked and not save.moved and save.shares_counter(target):
                     # Another part of it, but the version counts for all parts.
                     save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
                 continue
-            silent = save.stashed or not (counted and save.shares_counter(target))
+            silent = save.stashed or lent or not (counted and save.shares_counter(target))
             if silent and save.certain:
                 hits.append(Hit(save, target, counted))
             elif preserved and save.checked:
@@ -241,8 +251,23 @@ def look(
             elif repairs:
                 save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
     if hits:  # a call that also writes to the saved tensor itself (``_foreach_``) moves its version: PyTorch refuses it
-        counting = [target for target in writer.targets(args, kwargs) if writer.counts(target, args, kwargs)]
+        counting = [
+            target
+            for target in writer.targets(args, kwargs)
+            if writer.counts(target, args, kwargs) and not ALIASES.lent(target, _memory.storage_of(target))
+        ]
         hits[:] = [hit for hit in hits if hit.save.stashed or not any(map(hit.save.shares_counter, counting))]
+
+
+class _Spared:
+    """A save whose counter moves under ``watch()`` by a write that has been judged, and would not without."""
+
+    def __init__(self, save: Save) -> None:
+        self._save = save
+
+    def expect_version(self) -> None:
+        """The call has been made."""
+        self._save.version = _memory.version_of(self._save.tensor)
 
 
 def _may_write_to(target: torch.Tensor, save: Save) -> bool:
@@ -300,7 +325,8 @@ def _answer(
     if not hits:
         return
     rehearsal: Rehearsal | None = None
-    refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
+    with _torch.no_torch_function():
+        refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
     if not refused and not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
@@ -576,8 +602,8 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 # ---- aliases -----------------------------------------------------------------------------------------------
 
 
-def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0) -> None:
-    """Take down an alias with a counter of its own; watch the counter at once where a live save needs it."""
+def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0, lent: bool = False) -> None:
+    """Take down an alias with a counter of its own (but if it is lent); watch it at once where a live save needs it."""
     storage = _memory.storage_of(alias)
     if not storage:
         return
@@ -587,8 +613,8 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0
             if save.is_proven:
                 save.remark().compare = True
         return
-    record = ALIASES.enter(alias, storage, here, version)
-    if LEDGER.any_in_storage(storage):
+    record = ALIASES.enter(alias, storage, here, version, lent)
+    if LEDGER.any_in_storage(storage) and not lent:
         record.arm(alias)
         reach = _memory.stretch_in_storage(alias) if LEDGER.is_crowded(storage) else None
         for save in LEDGER.in_storage(storage) if reach is None else LEDGER.near(storage, *reach):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
-from torchguard import _config, _hooks, _intercept, _policy, _reads, _suppressions
+from torchguard import _config, _hooks, _intercept, _policy, _reads, _suppressions, _watch
 from torchguard._findings import Findings
 from torchguard._stats import Stats, Tally
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 Action = Literal["raise", "warn", "repair", "record"]
 Moment = Literal["write", "read"]
-Depth = Literal["saves", "bytes"]
+Depth = Literal["watch", "saves", "bytes"]
 
 Suppressions = _suppressions.Suppressions | str | os.PathLike[str] | Iterable[str] | None
 
@@ -114,7 +114,8 @@ class Guard(_Block):
             each save that is written to, made before the first write. The default, but for ``"repair"``, which can
             only be at the read.
         depth: ``"saves"``: every tensor that autograd saves is known. ``"bytes"``: and a copy of it is kept, so that
-            backward notices what no Python sees.
+            backward notices what no Python sees. ``"watch"``: none is, see :func:`watch`; only with ``action="raise"``
+            and ``at="read"``.
         every_call: also see calls that no patch sees (``out=``, ``torch.ops``, functions bound before the
             guard), at the cost of about a microsecond for every torch call.
         suppressions: violations to live with: path of a file, or lines ``GLOB[:LINE|:FUNCTION] [KIND] -- REASON``.
@@ -137,14 +138,16 @@ class Guard(_Block):
         suppressions: Suppressions = None,
     ) -> None:
         _check("action", action, _config.ACTIONS)
-        if at is not None:
-            _check("at", at, _config.MOMENTS)
         _check("depth", depth, _config.DEPTHS)
+        if not isinstance(every_call, bool):
+            raise TypeError(f"torchguard: every_call is True or False, not {every_call!r}")
+        if depth == "watch":
+            _check_watch(action, at or "write", every_call)
+        elif at is not None:
+            _check("at", at, _config.MOMENTS)
         senseless = _config.senseless(action, at, depth)
         if senseless is not None:
             raise ValueError(f"torchguard: {senseless}")
-        if not isinstance(every_call, bool):
-            raise TypeError(f"torchguard: every_call is True or False, not {every_call!r}")
         self.action: Action = action
         self.at: Moment = at or ("read" if action == "repair" else "write")
         self.depth = depth
@@ -194,9 +197,21 @@ class Guard(_Block):
                 f"torchguard: this guard {what}; make a new one for each block, with torchguard.strict() say"
             )
         self._thread = threading.get_ident()
+        _intercept.prepare()
+        _watch.prepare()  # neither may find the other's patches
+        if self.depth == "watch":
+            _watch.install()
+            try:
+                _policy.enter(self, everywhere)
+            except BaseException:
+                _policy.leave(self)
+                _watch.uninstall()
+                raise
+            self._state = "entered"
+            return self
         _intercept.install()
-        self.tally.begin()
         try:
+            self.tally.begin()
             _policy.enter(self, everywhere)
             if everywhere:
                 self.cover_this_thread()
@@ -222,6 +237,8 @@ class Guard(_Block):
 
     def cover_this_thread(self) -> None:
         """Watch what this thread saves, from now on. (Called by torchguard.)"""
+        if self.depth == "watch":
+            return
         self._pairs.append((_hooks.push(self.audits), threading.get_ident()))
 
     def leave(self) -> None:
@@ -229,6 +246,10 @@ class Guard(_Block):
         if self._state != "entered":
             raise RuntimeError("torchguard: this guard is not entered")
         self._state = "left"
+        if self.depth == "watch":
+            _policy.leave(self)
+            _watch.uninstall()
+            return
         try:
             if _policy.entered == [self]:
                 _reads.leave_to(self)
@@ -283,7 +304,7 @@ class Guard(_Block):
     @property
     def judges_at_read(self) -> bool:
         """Whether the bytes decide when backward reads. (Asked by torchguard.)"""
-        return self.at == "read"
+        return self.at == "read" and self.depth != "watch"
 
     @property
     def repairs(self) -> bool:
@@ -341,6 +362,18 @@ class Guard(_Block):
     def note_unwatched(self, what: str) -> None:
         """Keep what is out of sight. (Called by torchguard.)"""
         self.findings.note_unwatched(what)
+
+
+def _check_watch(action: str, at: str, every_call: bool) -> None:
+    right = 'depth="watch" goes with action="raise", at="read" and every_call=False, as in torchguard.watch()'
+    if action != "raise":
+        raise ValueError(f"torchguard: PyTorch itself refuses, nothing can only {action}: {right}, not {action!r}")
+    if at != "read":
+        raise ValueError(
+            f"torchguard: no write is seen, the version is compared when backward reads: {right}, not {at!r}"
+        )
+    if every_call:
+        raise ValueError(f"torchguard: no call is seen: {right}, not every_call=True")
 
 
 def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -402,6 +435,26 @@ def audit(*, at: Moment | None = None, every_call: bool = False, suppressions: S
     return Guard("raise", at, "bytes", every_call, suppressions)
 
 
+def watch(*, at: Literal["read"] = "read", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+    """Make PyTorch's own check complete, at next to no cost: for production.
+
+    There are no save hooks, and ordinary calls are left alone. Aliases made by ``.data`` share the version counter of
+    their source, and writes that move no counter have it moved for them, so PyTorch refuses at the read what it would
+    refuse had the program said ``.detach()`` where it says ``.data``. Its error is raised as a
+    :class:`SavedTensorCorruptionError`, which holds PyTorch's message word for word and says where the alias was taken.
+    A counter belongs to a whole storage: a write to another row of it is refused, too.
+
+    Args:
+        at: PyTorch compares versions when backward reads; there is no other moment.
+        every_call: no call is seen, so there is nothing to switch on.
+        suppressions: see :class:`Guard`. What is suppressed is refused all the same, in PyTorch's words alone.
+
+    Raises:
+        ValueError: for another ``at`` or ``every_call``.
+    """
+    return Guard("raise", at, "watch", every_call, suppressions)
+
+
 _NEEDS_REASON = 'torchguard: allow() needs a reason, for example allow("the weights are put back before backward")'
 
 
@@ -428,6 +481,7 @@ class allow(_Block):
     def __enter__(self) -> allow:
         _reads.look_for_unseen_writes()
         _policy.state.reasons.append(self.reason)
+        _watch.aside.append(self.reason)
         return self
 
     def __exit__(
@@ -435,6 +489,8 @@ class allow(_Block):
     ) -> None:
         _reads.look_for_unseen_writes(leaving=True)
         reasons = _policy.state.reasons
+        if self.reason in _watch.aside:
+            _watch.aside.remove(self.reason)
         for i in range(len(reasons) - 1, -1, -1):
             if reasons[i] is self.reason:
                 del reasons[i]

@@ -113,6 +113,29 @@ y4 = a1 * a1
 torch._C.TensorBase.mul_(c3, 0.5)
 y4.sum().backward()
 """,
+    "users_function_writes_to_an_expanded_alias": """
+a1 = grid(3, 4).requires_grad_()
+y2 = a1.expand(2, *a1.shape)
+y3 = torch.linalg.norm(y2)
+torch.from_dlpack(y2.detach()).map_(torch.from_dlpack(y2.detach()), lambda first, second: first + 1)
+y3.sum().backward()
+""",
+    "input_and_output_of_one_kind": """
+a1 = grid(12).requires_grad_()
+y2 = a1.cumprod(-1)
+y3 = y2.cumprod(-1)
+y2.data = y2.data.clone() * 2
+y3.sum().backward()
+""",
+    "view_made_without_grad_mode_is_written_to": """
+a1 = grid(4, dtype=torch.complex64).requires_grad_()
+y2 = a1 * a1
+a3 = torch.nn.Parameter(torch.from_numpy(a1.detach().numpy()))
+o4 = torch.optim.ASGD([a3])
+a3.grad = torch.ones_like(a3)
+o4.step()
+y2.abs().sum().backward()
+""",
     "one_element_with_a_stride": """
 n1 = bytearray(48)
 a2 = torch.frombuffer(n1, dtype=torch.float32).requires_grad_()

@@ -660,6 +660,8 @@ torch.autograd.grad({h}, {a}, torch.ones_like({h}), create_graph=True)[0]
 torch.autograd.grad({h}, {a}, torch.eye({h}.numel()).reshape(-1, *{h}.shape), is_grads_batched=True)[0]
 """.strip().splitlines()
 
+SAVING = ["same", "boxed", "detached", "copied"]
+
 VALUES = ["0", "0.5", "-1", "2", "3.25", "1"]
 
 
@@ -794,6 +796,8 @@ class Maker:
             target = self.tensor(_has_graph)  # the name is bound anew, what it stood for may die
             if target is not None:
                 return self.emit(f"{target} = {template}")
+        if self.one_in(15):
+            return self.emit(f"with saving({self.pick(SAVING)!r}): {self.new('y')} = {template}")
         return self.emit(f"{self.new('y')} = {template}")
 
     def module(self) -> bool:
@@ -885,7 +889,7 @@ class Maker:
             or line.partition(" ")[2][:2] in ("+=", "*=", "-=", "/=")
         ):
             return False
-        if self.space[source].is_leaf and self.one_in(2):
+        if _is(lambda value: value.is_leaf, self.space[source]) and self.one_in(2):
             return self.emit(f"{source}.register_post_accumulate_grad_hook(lambda _: looked({line}))")
         return self.emit(f"{source}.register_hook(lambda _: looked({line}))")
 

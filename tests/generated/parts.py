@@ -46,6 +46,24 @@ def in_thread(work: Callable[[], Any]) -> None:
         raise raised.pop()
 
 
+def saving(kind: str) -> Any:
+    """Save hooks of the program: it keeps the tensor, a tuple with it, a key to it, or a copy."""
+    store: dict[int, torch.Tensor] = {}
+
+    def enter(tensor: torch.Tensor) -> int:
+        store[len(store)] = tensor
+        return len(store) - 1
+
+    pairs: dict[str, Any] = {
+        "same": (lambda x: x, lambda x: x),
+        "boxed": (lambda x: (x,), lambda box: box[0]),
+        "detached": (lambda x: x.detach(), lambda x: x),
+        "copied": (lambda x: x.clone(), lambda x: x),
+        "keyed": (enter, lambda key: store[key]),
+    }
+    return torch.autograd.graph.saved_tensors_hooks(*pairs[kind])
+
+
 class Cube(torch.autograd.Function):
     """Saves its input."""
 

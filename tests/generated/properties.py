@@ -1,9 +1,11 @@
 """What must hold of a program, whatever it is?
 
 * *missed*: plain PyTorch finishes with results that are not the truth, and the guard has said nothing.
-* *false alarm*: the bytes of no live save have changed silently, and the guard speaks.
+* *false alarm*: the bytes of no live save have changed silently (or, judged at the read, backward reads none that has), and
+  the guard speaks.
 * *let through*: plain PyTorch refuses it, and under the guard it passes; *other error*: it is refused in other words.
 * *changed*: under ``warn()``, or under ``strict()`` where that is silent, a result is not the same, bit for bit.
+* *not repaired*: under ``repair()`` a result is not the truth.
 * *kept*: a tensor outlives the program under the guard, and does not without it.
 * *left*: torch is not as it was found.
 * *crash*: an error that neither PyTorch nor the guard means to raise.
@@ -11,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +45,9 @@ class Known:
         plain: what it does in plain PyTorch.
         truth: what it does where each save is cloned.
         written: whether the bytes of a live save change silently.
+        read: whether backward reads such a save.
+        touched: whether the bytes of a live save change, in whatever way.
+        repaired: what it does where each save is cloned and no version compared.
         wrong: names of the results that are not the truth, where plain PyTorch finishes.
         saves: how many tensors autograd saves.
     """
@@ -49,6 +55,9 @@ class Known:
     plain: Outcome
     truth: Outcome
     written: bool
+    read: bool
+    touched: bool
+    repaired: Outcome
     wrong: list[str]
     saves: int
 
@@ -67,13 +76,14 @@ def known(program: Program) -> Known:
     with quiet():
         plain = run(program)
         truth = run(program, cloning(), threads=False)
+        repaired = run(program, cloning(refusing=False), threads=False)
         recorder = Recorder()
         recorded = run(program, recorder.hooks(), recorder.look, threads=False)
     wrong = []
     if plain.error is None and truth.error is None:
         wrong = differ(plain.results, truth.results)
     del recorded
-    return Known(plain, truth, recorder.changed, wrong, recorder.saves)
+    return Known(plain, truth, recorder.changed, recorder.read, recorder.touched, repaired, wrong, recorder.saves)
 
 
 Make = Callable[[], torchguard.Guard]
@@ -84,6 +94,13 @@ MODES: dict[str, Make] = {
     "strict(every_call)": lambda: torchguard.strict(every_call=True),
     "warn(every_call)": lambda: torchguard.warn(every_call=True),
 }
+_make: Any = torchguard.Guard
+with contextlib.suppress(ValueError):  # not in this version
+    _make(at="read")
+    MODES["strict(at=read)"] = lambda: _make("raise", at="read")
+with contextlib.suppress(ValueError):
+    _make("repair")
+    MODES["repair"] = lambda: _make("repair")
 
 
 def failures(
@@ -108,7 +125,8 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
     if (now := _torch_now()) != before:
         fail("left", f"{now} instead of {before}")
     spoke = bool(guard.violations)
-    raises = guard.action == "raise"
+    raises, repairs = guard.action == "raise", str(guard.action) == "repair"
+    may_speak = facts.touched if repairs else facts.read if str(guard.at) == "read" else facts.written
     plain = facts.plain
     if outcome.error is not None and outcome.error[0] == "SavedTensorCorruptionError":
         if not raises:
@@ -117,20 +135,25 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
         fail("crash", f"a violation and nothing raised: {guard.violations[0]}")
     if not raises and spoke != bool(spoken):
         fail("crash", "violations and warnings are not the same")
-    if spoke and not facts.written and not facts.wrong:
+    if spoke and not may_speak and not facts.wrong:
         fail("false alarm", f"line {outcome.line}: {guard.violations[0]}")
     if not spoke and facts.wrong and not (not guard.every_call and _out_of_sight(program)):
         fail("missed", ", ".join(facts.wrong))
     if not (raises and spoke):
-        if plain.error is not None:
+        if repairs and spoke:
+            if (outcome.error is None) != (facts.repaired.error is None):
+                fail("not repaired", f"{outcome.error} instead of {facts.repaired.error}")
+        elif plain.error is not None:
             if outcome.error is None:
                 fail("let through", plain.error[1])
             elif not _same_error(outcome.error, plain.error, program) or outcome.line != plain.line:
                 fail("other error", f"line {outcome.line}, not {plain.line}: {outcome.error} instead of {plain.error}")
         elif outcome.error is not None:
             fail("crash", f"line {outcome.line}: {outcome.error}")
-        changed = same_bits(outcome.results, plain.results)
-        if changed and not found:
+        if repairs and spoke:
+            if outcome.error is None and (changed := differ(outcome.results, facts.repaired.results)) and not found:
+                fail("not repaired", ", ".join(changed))
+        elif (changed := same_bits(outcome.results, plain.results)) and not found:
             fail("changed", ", ".join(changed))
         more = set(outcome.alive) - set(plain.alive)
         if more and not found:

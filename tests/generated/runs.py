@@ -17,7 +17,7 @@ import operator
 import re
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import CodeType
@@ -239,7 +239,8 @@ class Save:
         node = tensor.grad_fn
         is_output = node is not None and node._sequence_nr() == torch._C._autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
         self.tensor = tensor.detach() if is_output else tensor
-        self.version = tensor._version
+        #: None where PyTorch compares none.
+        self.version: int | None = tensor._version
 
     def check(self) -> None:
         if self.tensor._version != self.version:
@@ -264,17 +265,46 @@ def exact_clone(tensor: torch.Tensor) -> torch.Tensor:
         return copied
 
 
-def cloning() -> AbstractContextManager[Any]:
-    """The truth: what backward reads is what was saved. What PyTorch would refuse is refused."""
+def cloning(refusing: bool = True) -> AbstractContextManager[Any]:
+    """The truth: what backward reads is what was saved. ``refusing``: what PyTorch would refuse is refused."""
 
     def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, Save]:
         return exact_clone(tensor), Save(tensor)
 
     def unpack(packed: tuple[torch.Tensor, Save]) -> torch.Tensor:
-        packed[1].check()
+        if refusing:
+            packed[1].check()
         return packed[0]
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    def under(pair: Hooks) -> Hooks:
+        return lambda tensor: pair[0](exact_clone(tensor)), pair[1]
+
+    return _also_under_the_programs_hooks((pack, unpack), under)
+
+
+Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+
+
+@contextlib.contextmanager
+def _also_under_the_programs_hooks(pair: Hooks, make: Callable[[Hooks], Hooks]) -> Iterator[None]:
+    """A pair of save hooks; where the program pushes one of its own, that is replaced by what ``make`` makes of it.
+
+    Only the innermost pair runs. A checkpoint's is left alone.
+    """
+    autograd: Any = torch._C._autograd
+    push = autograd._push_saved_tensors_default_hooks
+
+    def pushed(pack: Any, unpack: Any) -> None:
+        own = pack.__code__.co_filename == torch.utils.checkpoint.__file__
+        push(*((pack, unpack) if own else make((pack, unpack))))
+
+    push(*pair)
+    autograd._push_saved_tensors_default_hooks = pushed
+    try:
+        yield
+    finally:
+        autograd._push_saved_tensors_default_hooks = push
+        autograd._pop_saved_tensors_default_hooks()
 
 
 def bytes_of(tensor: torch.Tensor) -> Any:
@@ -300,15 +330,39 @@ def bytes_of(tensor: torch.Tensor) -> Any:
 
 
 class Recorder:
-    """Sees whether the bytes of a live save have changed without its version having moved."""
+    """Sees whether the bytes of a live save have changed without its version having moved.
+
+    Attributes:
+        changed: whether any has, at any moment that was looked at.
+        read: whether backward has read one that had.
+        touched: whether the bytes of any have changed, in whatever way.
+        saves: how many there were.
+    """
 
     def __init__(self) -> None:
         self._live: weakref.WeakSet[_Recorded] = weakref.WeakSet()
         self.changed = False
+        self.read = False
+        self.touched = False
         self.saves = 0
 
     def hooks(self) -> AbstractContextManager[Any]:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        """The pair, to run a program under. Under hooks of the program PyTorch compares no versions."""
+
+        def under(pair: Hooks) -> Hooks:
+            def pack(tensor: torch.Tensor) -> Any:
+                packed = pair[0](tensor)
+                save = self._pack(tensor)
+                save.version = None
+                return packed, save
+
+            def unpack(both: Any) -> torch.Tensor:
+                self.look()
+                return pair[1](both[0])
+
+            return pack, unpack
+
+        return _also_under_the_programs_hooks((self._pack, self._unpack), under)
 
     def _pack(self, tensor: torch.Tensor) -> _Recorded:
         save = _Recorded(tensor)
@@ -318,19 +372,14 @@ class Recorder:
 
     def _unpack(self, save: _Recorded) -> torch.Tensor:
         save.check()
-        self.look_at(save)
+        self.read = self.read or save.is_changed()
+        self.changed = self.changed or self.read
         return save.tensor
-
-    def look_at(self, save: _Recorded) -> None:
-        if save.tensor._version == save.version and (
-            bytes_of(save.tensor) != save.bytes or _meaning(save.tensor) != save.meaning
-        ):
-            self.changed = True
 
     def look(self) -> None:
         """Look at all live saves."""
-        for save in list(self._live):
-            self.look_at(save)
+        self.changed = self.changed or any(save.is_changed() for save in list(self._live))
+        self.touched = self.touched or any(save.is_changed(refused=True) for save in list(self._live))
 
 
 def _meaning(tensor: torch.Tensor) -> Any:
@@ -342,3 +391,9 @@ class _Recorded(Save):
         super().__init__(tensor)
         self.bytes = bytes_of(tensor)
         self.meaning = _meaning(tensor)
+
+    def is_changed(self, refused: bool = False) -> bool:
+        """Whether it has other bytes now, or lies elsewhere; ``refused``: also where PyTorch would refuse it."""
+        return (refused or self.version is None or self.tensor._version == self.version) and (
+            bytes_of(self.tensor) != self.bytes or _meaning(self.tensor) != self.meaning
+        )
