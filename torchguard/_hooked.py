@@ -491,9 +491,12 @@ def _is_repeated(save: HookedSave, read: torch.Tensor) -> bool:
     """
     if any(isinstance(entry, Reread) for entry in LEDGER.in_storage(save.storage)):
         return False
-    proof = save.remark().proof
+    remarks = save.remark()
+    proof = remarks.proof
     if proof is None or read.shape != proof.shape or read.dtype != proof.dtype:
         return False
+    if remarks.writer is None and remarks.suspect is None:
+        return False  # proof is kept for code outside torch alone, which writes to what is not read any more
     return not _memory.same_bytes(read, proof)
 
 

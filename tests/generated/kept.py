@@ -5,6 +5,16 @@ from __future__ import annotations
 from generated.runs import Program
 
 _KEPT = {
+    "output_of_a_checkpoint_exported_after_it_was_written": """
+a2 = grid(1).requires_grad_()
+y3 = F.hardswish(a2)
+y4 = checkpoint(Exp.apply, y3, use_reentrant=False)
+y5 = y4.view_as(y4)
+y5.mul_(-1)
+torch.exp(dlpack.from_dlpack(dlpack.to_dlpack(y4.detach())), out=dlpack.from_dlpack(dlpack.to_dlpack(y4.detach())))
+y7, y8 = torch.linalg.slogdet(y4 + 5 * torch.eye(4))
+y8.sum().backward()
+""",
     "output_beside_a_view_that_was_out_of_date": """
 a1 = grid(2, 3).requires_grad_()
 y2 = a1 * 1

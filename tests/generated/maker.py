@@ -1,6 +1,6 @@
 """Which program comes next? Lines are drawn one by one, and each is tried in plain PyTorch before it is kept.
 
-All chance comes from one ``random.Random``: hypothesis hands in one that it can shrink, ``make fuzz`` one with a seed.
+All chance comes from one ``random.Random`` with a seed: the same seed makes the same program.
 """
 
 from __future__ import annotations
