@@ -40,6 +40,11 @@ MODES: dict[str, Mode] = {
     "warn": torchguard.warn,
     "watch": torchguard.watch,
     "strict, every call": lambda: torchguard.strict(every_call=True),
+    "strict, at the read": lambda: torchguard.strict(at="read"),
+    "repair": torchguard.repair,
+    "repair, patches alone": lambda: torchguard.repair(every_call=False),
+    "audit": torchguard.audit,
+    "allow_mutation_on_saved_tensors": torch.autograd.graph.allow_mutation_on_saved_tensors,
 }
 
 #: What is not measured, and why.

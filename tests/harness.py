@@ -71,6 +71,10 @@ class Program:
         allowed: the write stands in an ``allow`` block; the guard must keep silent, and keep the reason.
         hooks: whether it can run under save hooks. Where it cannot, its truth is the run without the write alone, and
             whether a live save's bytes changed cannot be seen: "unread" is then what it says it is.
+        only_audit: no Python sees its write: of all modes, audit() alone says so, when backward reads.
+        repairable: whether repair() can hand backward what was saved; where it cannot, it must raise or let PyTorch refuse.
+            None as the route has it.
+        read_in_vain: for an unread program: backward reads the save all the same, and nothing comes of it.
     """
 
     name: str
@@ -85,6 +89,17 @@ class Program:
     enters_guard: bool = False
     allowed: bool = False
     hooks: bool = True
+    read_in_vain: bool = False
+    repairable: bool | None = None
+    only_audit: bool = False
+
+    @property
+    def can_be_repaired(self) -> bool:
+        """Whether repair() can hand backward what was saved; as the route has it, unless told otherwise.
+
+        It cannot where a checkpoint computes anew, and does not put a subclass around other tensors.
+        """
+        return self.route not in ("checkpoint", "wrapper subclass") if self.repairable is None else self.repairable
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.name}"
@@ -107,6 +122,9 @@ def add(
     enters_guard: bool = False,
     allowed: bool = False,
     hooks: bool = True,
+    read_in_vain: bool = False,
+    repairable: bool | None = None,
+    only_audit: bool = False,
 ) -> Program:
     """Put a program into the catalogue."""
     twins = (twin_of,) if isinstance(twin_of, str) else tuple(twin_of)
@@ -123,6 +141,9 @@ def add(
         enters_guard,
         allowed,
         hooks,
+        read_in_vain,
+        repairable,
+        only_audit,
     )
     PROGRAMS.append(found)
     return found
@@ -411,6 +432,7 @@ def _under_the_programs_hooks(make: Callable[[Hooks | None], Hooks]) -> Iterator
 
 
 _plain_runs: dict[Program, Outcome] = {}
+_cloned_runs: dict[Program, Outcome] = {}
 _records: dict[Program, Recorder] = {}
 
 
@@ -420,6 +442,17 @@ def plain_run(case: Program) -> Outcome:
         with _quiet():
             _plain_runs[case] = outcome_of(case, Run(), nullcontext)
     return _plain_runs[case]
+
+
+def run_with_cloned_saves(case: Program) -> Outcome:
+    """The program with its write where backward reads what was saved, whatever happened since."""
+    if case not in _cloned_runs:
+        with _quiet():
+            if case.hooks:
+                _cloned_runs[case] = outcome_of(case, Run(threads=False, checkpoints=False), _cloning)
+            else:
+                _cloned_runs[case] = outcome_of(case, Run(writes=False), nullcontext)
+    return _cloned_runs[case]
 
 
 def recorded(case: Program) -> Recorder:
@@ -440,7 +473,7 @@ def computed_kind(case: Program) -> Kind:
         return "refused"
     with _quiet():
         without = outcome_of(case, Run(writes=False), nullcontext)
-        cloned = outcome_of(case, Run(threads=False, checkpoints=False), _cloning) if case.hooks else without
+    cloned = run_with_cloned_saves(case)
     if cloned.error is not None:
         raise AssertionError(f"{case}: fails when saves are cloned") from cloned.error
     truth = cloned if case.truth == "cloned saves" else without
@@ -474,19 +507,150 @@ class Mode:
 
     name: str
     make: MakeGuard
-    raises: bool
-    every_call: bool
+    #: The column of :data:`VERDICTS`.
+    column: str = "strict"
+    every_call: bool = False
+
+    @property
+    def at_read(self) -> bool:
+        """Whether what it sees being written is left to the read."""
+        return "read" in self.column or self.repairs
+
+    @property
+    def repairs(self) -> bool:
+        """Whether it hands backward what was saved."""
+        return self.column == "repair"
 
     def __str__(self) -> str:
         return self.name
 
 
 MODES = (
-    Mode("strict", lambda: torchguard.strict(), True, False),
-    Mode("warn", lambda: torchguard.warn(), False, False),
-    Mode("strict_every_call", lambda: torchguard.strict(every_call=True), True, True),
-    Mode("warn_every_call", lambda: torchguard.warn(every_call=True), False, True),
+    Mode("strict", lambda: torchguard.strict()),
+    Mode("warn", lambda: torchguard.warn(), "warn"),
+    Mode("strict_every_call", lambda: torchguard.strict(every_call=True), every_call=True),
+    Mode("warn_every_call", lambda: torchguard.warn(every_call=True), "warn", every_call=True),
+    Mode("strict_at_read", lambda: torchguard.strict(at="read"), 'strict(at="read")'),
+    Mode("warn_at_read", lambda: torchguard.warn(at="read"), 'warn(at="read")'),
+    Mode("repair", lambda: torchguard.repair(), "repair", every_call=True),
+    Mode("audit", lambda: torchguard.audit(), "audit"),
 )
+
+
+#: What PyTorch says of a save whose version moved.
+MOVED = "modified by an inplace operation"
+
+
+# ---- the verdicts -------------------------------------------------------------------------------------------------
+
+Verdict = Literal["raises", "may raise", "warns", "may warn", "repairs", "silent", "PyTorch refuses"]
+
+#: What each mode must do with a program; docs/choosing.md shows this table. "may": at the write nobody can know whether
+#: backward will read the save, or what comes of it.
+VERDICTS: dict[str, dict[str, Verdict]] = {
+    "corrupting": {
+        "strict": "raises",
+        'strict(at="read")': "raises",
+        "warn": "warns",
+        'warn(at="read")': "warns",
+        "repair": "repairs",
+        "audit": "raises",
+    },
+    "corrupting, what was saved is not to be had": {
+        "strict": "raises",
+        'strict(at="read")': "raises",
+        "warn": "warns",
+        'warn(at="read")': "warns",
+        "repair": "raises",
+        "audit": "raises",
+    },
+    "corrupting, through a raw pointer": {
+        "strict": "silent",
+        'strict(at="read")': "silent",
+        "warn": "silent",
+        'warn(at="read")': "silent",
+        "repair": "repairs",
+        "audit": "raises",
+    },
+    "corrupting, of what a Function stashed on its ctx": {
+        "strict": "silent",
+        'strict(at="read")': "silent",
+        "warn": "silent",
+        'warn(at="read")': "silent",
+        "repair": "silent",
+        "audit": "raises",
+    },
+    "written to, and never read": {
+        "strict": "may raise",
+        'strict(at="read")': "silent",
+        "warn": "may warn",
+        'warn(at="read")': "silent",
+        "repair": "silent",
+        "audit": "may raise",
+    },
+    "written to, and read in vain": {
+        "strict": "may raise",
+        'strict(at="read")': "may raise",
+        "warn": "may warn",
+        'warn(at="read")': "may warn",
+        "repair": "repairs",
+        "audit": "may raise",
+    },
+    "innocent, or allowed": {
+        "strict": "silent",
+        'strict(at="read")': "silent",
+        "warn": "silent",
+        'warn(at="read")': "silent",
+        "repair": "silent",
+        "audit": "silent",
+    },
+    "refused by PyTorch, for a save that was written to": {
+        "strict": "PyTorch refuses",
+        'strict(at="read")': "PyTorch refuses",
+        "warn": "PyTorch refuses",
+        'warn(at="read")': "PyTorch refuses",
+        "repair": "repairs",
+        "audit": "PyTorch refuses",
+    },
+    "refused by PyTorch for another reason": {
+        "strict": "PyTorch refuses",
+        'strict(at="read")': "PyTorch refuses",
+        "warn": "PyTorch refuses",
+        'warn(at="read")': "PyTorch refuses",
+        "repair": "PyTorch refuses",
+        "audit": "PyTorch refuses",
+    },
+}
+
+
+def table_of_verdicts() -> str:
+    """:data:`VERDICTS` as docs/choosing.md shows it."""
+    columns = list(next(iter(VERDICTS.values())))
+    rows = [f"| {name} | {' | '.join(row[column] for column in columns)} |" for name, row in VERDICTS.items()]
+    head = f"| a program that is | {' | '.join(f'`{column}`' for column in columns)} |"
+    return "\n".join([head, "|---" * (len(columns) + 1) + "|", *rows])
+
+
+def row_of(case: Program) -> str:
+    """The row of :data:`VERDICTS` that a program stands in."""
+    if case.kind == "innocent" or case.allowed:
+        return "innocent, or allowed"
+    if case.kind == "corrupting":
+        if case.only_audit:
+            pointer = case.can_be_repaired
+            return f"corrupting, {'through a raw pointer' if pointer else 'of what a Function stashed on its ctx'}"
+        return "corrupting" if case.can_be_repaired else "corrupting, what was saved is not to be had"
+    if case.kind == "unread":
+        return "written to, and read in vain" if case.read_in_vain else "written to, and never read"
+    for_a_save = MOVED in str(plain_run(case).error) and run_with_cloned_saves(case).error is None
+    if for_a_save and case.can_be_repaired:
+        return "refused by PyTorch, for a save that was written to"
+    return "refused by PyTorch for another reason"
+
+
+def expected_verdict(case: Program, mode: Mode) -> Verdict:
+    """What the mode must do with the program."""
+    return VERDICTS[row_of(case)][mode.column]
 
 
 class _Guarded:
@@ -520,6 +684,8 @@ def check_guarded(case: Program, mode: Mode) -> None:
     """The guard does with the program what it must, and leaves nothing behind."""
     plain = plain_run(case)
     recorded(case)  # before a guard is on
+    if mode.repairs or case.kind == "refused":
+        run_with_cloned_saves(case)
     watch = _Guarded(case)
     guards: list[torchguard.Guard] = []
 
@@ -539,18 +705,7 @@ def check_guarded(case: Program, mode: Mode) -> None:
     assert len(guards) == 1, f"{case} enters {len(guards)} guards"
     spoken = [note for note in caught if issubclass(note.category, torchguard.SavedTensorCorruptionWarning)]
     told = _Told(case, mode, plain, outcome, guards[0], spoken, watch)
-    if case.kind == "refused":
-        told.check_refused()
-    elif case.kind == "innocent" or case.allowed:
-        told.check_silent()
-        told.check_same_results()
-        assert all(violation.allowed for violation in guards[0].allowed)
-        assert bool(guards[0].allowed) == case.allowed, f"{case}: allowed: {guards[0].allowed}"
-    elif mode.raises:
-        told.check_raised(must=case.kind == "corrupting")
-    else:
-        told.check_warned(must=case.kind == "corrupting")
-        told.check_same_results()
+    told.check(expected_verdict(case, mode))
 
 
 def check_all_modes(case: Program, modes: Iterable[Mode] = MODES) -> None:
@@ -576,6 +731,12 @@ class _Told:
 
     @property
     def moment(self) -> Moment:
+        if self.mode.at_read:
+            return "read"
+        if self.case.kind == "unread":
+            return "write"
+        if self.case.only_audit:
+            return "read"
         return self.case.every_call if self.mode.every_call else self.case.caught
 
     def check_refused(self) -> None:
@@ -584,6 +745,37 @@ class _Told:
         assert type(error) is type(expected), f"{self.case}: {error!r} instead of {expected!r}"
         assert str(error) == str(expected), f"{self.case}: not PyTorch's words:\n{error}\n{expected}"
         self.check_silent_but_for_the_error()
+
+    def check(self, verdict: Verdict) -> None:
+        """The guard did what it must."""
+        if verdict == "PyTorch refuses":
+            self.check_refused()
+        elif verdict == "repairs":
+            self.check_repaired()
+        elif verdict in ("raises", "may raise"):
+            self.check_raised(must=verdict == "raises")
+        elif verdict in ("warns", "may warn"):
+            self.check_warned(must=verdict == "warns")
+            self.check_same_results()
+        else:
+            self.check_silent()
+            self.check_same_results()
+            assert all(violation.allowed for violation in self.guard.allowed)
+            assert bool(self.guard.allowed) == self.case.allowed, f"{self.case}: allowed: {self.guard.allowed}"
+
+    def check_repaired(self) -> None:
+        """Backward read what was saved, and the guard said so."""
+        truth, error = run_with_cloned_saves(self.case), self.outcome.error
+        if error is not None:
+            raise AssertionError(f"{self.case}: not repaired:\n{error}") from error
+        assert same_values(self.outcome.results, truth.results), (
+            f"{self.case}: repaired, and wrong: {self.outcome.results} is not {truth.results}"
+        )
+        assert self.spoken, f"{self.case}: repaired, and nothing was said"
+        assert self.guard.violations, f"{self.case}: warned, and guard.violations is empty"
+        assert all(violation.repaired for violation in self.guard.violations)
+        if self.case.kind == "corrupting":
+            self.check_violation(self.guard.violations[0])
 
     def check_silent(self) -> None:
         if self.outcome.error is not None:
@@ -614,7 +806,7 @@ class _Told:
         self.check_violation(violation)
         for place in (violation.saved, violation.written):
             assert place is None or f"{os.path.basename(place.file)}:{place.line}" in text, f"{place}\n{text}"
-        if self.moment == "write" or not must:
+        if self.moment == "write":
             assert self.watch.raised_by is not None, f"{self.case}: raised, but not at the write:\n{text}"
             assert not self.watch.changed, f"{self.case}: memory had changed when the error came"
         else:
@@ -634,13 +826,11 @@ class _Told:
         assert _same_file(self.spoken[0].filename, place.file)
         if not must:
             for violation in self.guard.violations:
-                assert violation.caught == "write", f"{self.case}: a save nobody misreads, at the read:\n{violation}"
+                assert violation.caught == self.moment, f"{self.case}: a save nobody misreads:\n{violation}"
 
     def check_violation(self, violation: torchguard.Violation) -> None:
         must = self.case.kind == "corrupting"
-        assert violation.caught == (self.moment if must else "write"), (
-            f"{self.case}: caught at the {violation.caught}:\n{violation}"
-        )
+        assert violation.caught == self.moment, f"{self.case}: caught at the {violation.caught}:\n{violation}"
         saved = violation.saved
         assert saved is not None, f"{self.case}: no place that saved"
         if must:
@@ -650,7 +840,12 @@ class _Told:
         if violation.kind == "recompute" and violation.operation:
             assert written is not None
             assert any(_lies_in(written, writer) for writer in self.outcome.writers), f"{self.case}: {written}"
-        if violation.caught != "write":
+        left_to_the_read = self.mode.at_read and self.case.caught == "write" and not self.case.only_audit
+        if left_to_the_read and violation.kind in ("write", "uncounted"):
+            difference = violation.largest_difference
+            assert difference is not None, f"{self.case}: by how much?\n{violation}"
+            assert f", by up to {difference:.3g}" in str(violation)
+        if violation.caught != "write" and not left_to_the_read:
             return
         assert written is not None, f"{self.case}: no place that wrote"
         assert any(_lies_in(written, writer) for writer in self.outcome.writers), (

@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_switch", "_violation", "guard"},
     "__main__": {"_config", "_suppressions", "_switch", "_tracebacks"},
     "_aliases": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_audit": {"_memory", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation"},
     "_collectives": {
         "_aliases", "_counts", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers",
         "_writes",
@@ -42,13 +43,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_aliases", "_exports", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch",
         "_verdict", "_violation",
     },
-    "_hooks": {"_functorch", "_hooked", "_policy", "_reads", "_saves", "_torch"},
+    "_hooks": {"_functorch", "_hooked", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_intercept": {
         "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory",
         "_patching", "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads",
-        "_saves", "_storages", "_torch", "_watch", "_writers", "_writes",
+        "_saves", "_stashes", "_storages", "_torch", "_watch", "_writers", "_writes",
     },
-    "_interchange": {"_exports", "_memory", "_model", "_places", "_saves", "_torch", "_writes"},
+    "_interchange": {"_exports", "_memory", "_model", "_places", "_policy", "_saves", "_torch", "_writes"},
     "_ledger": set(),
     "_memory": {"_counts", "_model", "_torch"},
     "_model": set(),
@@ -60,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
     "_progress": {"guard"},
     "_reads": {
-        "_aliases", "_counts", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves",
+        "_aliases", "_audit", "_counts", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves",
         "_torch", "_verdict", "_violation",
     },
     "_recompute": {
@@ -82,6 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_aliases", "_counts", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch",
         "_violation",
     },
+    "_stashes": {"_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_writers"},
     "_stats": {"_counts", "_saves", "_torch"},
     "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
     "_suppressions": {"_violation"},

@@ -35,37 +35,57 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown action": (
         lambda: Guard("explode"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: action is one of 'raise', 'warn', 'record', not 'explode'",
+        "torchguard: action is one of 'raise', 'warn', 'repair', 'record', not 'explode'",
     ),
     "action is None": (
         lambda: Guard(None),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: action is one of 'raise', 'warn', 'record', not None",
+        "torchguard: action is one of 'raise', 'warn', 'repair', 'record', not None",
     ),
     "action is a list": (
         lambda: Guard(["raise"]),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: action is one of 'raise', 'warn', 'record', not ['raise']",
+        "torchguard: action is one of 'raise', 'warn', 'repair', 'record', not ['raise']",
     ),
     "unknown moment": (
         lambda: Guard(at="dawn"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: at is one of 'write', not 'dawn'",
+        "torchguard: at is one of 'write', 'read', not 'dawn'",
     ),
     "unknown moment of strict": (
         lambda: strict(at="dawn"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: at is one of 'write', not 'dawn'",
+        "torchguard: at is one of 'write', 'read', not 'dawn'",
     ),
     "unknown moment of warn": (
         lambda: warn(at="dawn"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: at is one of 'write', not 'dawn'",
+        "torchguard: at is one of 'write', 'read', not 'dawn'",
     ),
     "unknown depth": (
         lambda: Guard(depth="abyss"),  # type: ignore[arg-type]
         ValueError,
-        "torchguard: depth is one of 'watch', 'saves', not 'abyss'",
+        "torchguard: depth is one of 'watch', 'saves', 'bytes', not 'abyss'",
+    ),
+    "repair at the write": (
+        lambda: Guard("repair", at="write"),
+        ValueError,
+        "torchguard: repair acts when backward reads: with it, at is 'read', not 'write'",
+    ),
+    "repair() at the write": (
+        lambda: torchguard.repair(at="write"),
+        ValueError,
+        "torchguard: repair acts when backward reads: with it, at is 'read', not 'write'",
+    ),
+    "repair at the write for the whole process": (
+        lambda: torchguard.enable("repair", at="write"),
+        ValueError,
+        "torchguard: enable(): at='write': repair acts when backward reads: with it, at is 'read', not 'write'",
+    ),
+    "unknown moment of audit": (
+        lambda: torchguard.audit(at="dawn"),  # type: ignore[arg-type]
+        ValueError,
+        "torchguard: at is one of 'write', 'read', not 'dawn'",
     ),
     "every_call is no truth value": (
         lambda: Guard(every_call="yes"),  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ def sample(kind: str) -> list[Program]:
     """Of each route the first programs of a kind."""
     routes: dict[str, list[Program]] = {}
     for case in PROGRAMS:
-        if case.kind == kind and not case.allowed:
+        if case.kind == kind and not case.allowed and not case.only_audit:
             routes.setdefault(case.route, []).append(case)
     return [case for cases in routes.values() for case in cases[:3]]
 
@@ -82,18 +82,43 @@ def fails(case: Program, mode: Mode) -> bool:
 
 @pytest.mark.parametrize("case", sample("corrupting"), ids=str)
 def test_a_guard_that_never_speaks_fails_on_every_corrupting_program(case: Program) -> None:
-    assert fails(case, Mode("mute", Mute, True, False))
-    assert fails(case, Mode("mute, warning", lambda: Mute("warn"), False, False))
+    assert fails(case, Mode("mute", Mute))
+    assert fails(case, Mode("mute, warning", lambda: Mute("warn"), "warn"))
+
+
+@pytest.mark.parametrize("case", [case for case in PROGRAMS if case.only_audit][::5], ids=str)
+def test_an_audit_that_looks_at_no_bytes_fails_where_no_python_sees_the_write(case: Program) -> None:
+    assert fails(case, Mode("blind", torchguard.strict, "audit"))
+    assert fails(case, Mode("mute audit", lambda: Mute(depth="bytes"), "audit"))
+
+
+class Forging(Guard):
+    """Says that it repairs, and hands backward something else."""
+
+    @property
+    def repairs(self) -> bool:
+        return True
+
+    def heal(self, violation: Violation) -> bool:
+        super().heal(violation)
+        return False
+
+
+@pytest.mark.parametrize("case", [case for case in sample("corrupting") if case.can_be_repaired], ids=str)
+def test_a_repair_that_is_none_fails(case: Program) -> None:
+    assert fails(case, Mode("mute repair", lambda: Mute(at="read", every_call=True), "repair"))
+    assert fails(case, Mode("forging", lambda: Forging("repair", every_call=True), "repair"))
+    assert fails(case, Mode("warning only", lambda: torchguard.warn(at="read", every_call=True), "repair"))
 
 
 @pytest.mark.parametrize("case", sample("innocent"), ids=str)
 def test_a_guard_that_always_speaks_fails_on_every_innocent_program(case: Program) -> None:
-    assert fails(case, Mode("alarmist", Alarmist, True, False))
+    assert fails(case, Mode("alarmist", Alarmist))
 
 
 @pytest.mark.parametrize("case", [case for case in sample("corrupting") if case.caught == "write"], ids=str)
 def test_a_guard_that_speaks_too_late_fails_where_memory_must_not_change(case: Program) -> None:
-    assert fails(case, Mode("late", Late, True, False))
+    assert fails(case, Mode("late", Late))
 
 
 @pytest.mark.parametrize("case", sample("refused"), ids=str)
@@ -105,7 +130,7 @@ def test_a_guard_that_lets_pass_what_pytorch_refuses_fails(case: Program, monkey
     if outcome.error is not None or case.route == "swap_tensors":
         pytest.skip("refused for another reason than a save's version")
     monkeypatch.setattr("torchguard._reads._refuse", lambda save: None)
-    assert fails(case, Mode("lax", torchguard.strict, True, False))
+    assert fails(case, Mode("lax", torchguard.strict))
 
 
 class Misplacing(Guard):
@@ -143,7 +168,7 @@ class Miscounting(Guard):
     ids=str,
 )
 def test_a_guard_whose_report_is_wrong_fails(case: Program, broken: type[Guard]) -> None:
-    assert fails(case, Mode(broken.__name__, broken, True, False))
+    assert fails(case, Mode(broken.__name__, broken))
 
 
 class Meddling(Guard):
@@ -188,7 +213,7 @@ RECOMPUTED = "checkpoint"  # what is wrong there was never saved
     ids=str,
 )
 def test_a_guard_that_hides_the_corruption_fails(case: Program) -> None:
-    assert fails(case, Mode("repairing", lambda: Repairing("warn"), False, False))
+    assert fails(case, Mode("repairing", lambda: Repairing("warn"), "warn"))
 
 
 @pytest.mark.parametrize(
@@ -198,14 +223,14 @@ def test_a_guard_that_lets_pass_what_pytorch_does_not_check_fails(
     case: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchguard._hooked._is_changed", lambda *_: False)
-    assert fails(case, Mode("lax under hooks", torchguard.strict, True, False))
+    assert fails(case, Mode("lax under hooks", torchguard.strict))
 
 
 def test_a_guard_that_knows_only_versions_under_hooks_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchguard._hooked._is_changed", lambda *_: True)
     for name in ("hooks_inside_itself_tracked_times_one", "hooks_inside_key_tracked_times_one"):
         case = next(case for case in PROGRAMS if case.name == name)
-        assert fails(case, Mode("versions only", torchguard.strict, True, False))
+        assert fails(case, Mode("versions only", torchguard.strict))
 
 
 def test_a_guard_that_changes_results_fails() -> None:
@@ -215,8 +240,8 @@ def test_a_guard_that_changes_results_fails() -> None:
         with harness._quiet():
             guarded = harness.outcome_of(case, harness.Run(), Meddling)
         if guarded.error is None and not harness.same_bits(guarded.results, harness.plain_run(case).results):
-            assert fails(case, Mode("meddling", Meddling, True, False)), case
-            assert fails(case, Mode("meddling, warning", lambda: Meddling("warn"), False, False)), case
+            assert fails(case, Mode("meddling", Meddling)), case
+            assert fails(case, Mode("meddling, warning", lambda: Meddling("warn"), "warn")), case
             found.append(case.route)
     assert len(set(found)) > 15
 
@@ -233,7 +258,7 @@ class Sticky(Guard):
 
 def test_a_guard_that_leaves_its_hooks_fails() -> None:
     try:
-        assert fails(sample("innocent")[0], Mode("sticky", Sticky, True, False))
+        assert fails(sample("innocent")[0], Mode("sticky", Sticky))
     finally:
         torch._C._autograd._pop_saved_tensors_default_hooks()
 

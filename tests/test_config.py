@@ -106,6 +106,8 @@ def test_the_page_names_every_option_and_every_mode() -> None:
 
 # ---- what cannot be understood -----------------------------------------------------------------------------
 
+ALL_MODES = ", ".join(("off", *_config.MODES))
+
 
 @pytest.mark.parametrize(
     ("values", "told"),
@@ -146,6 +148,33 @@ def test_a_bad_value_is_as_if_it_were_not_there_but_a_bad_mode_is_off() -> None:
         [Layer("", {"exitcode": "x", "mode": "x"}), Layer("", {"exitcode": 7, "mode": "strict"})]
     )
     assert (config.exitcode, config.mode) == (7, "off")
+
+
+SENSELESS = "repair acts when backward reads: with it, at is 'read', not 'write'"
+
+
+def test_a_combination_that_makes_no_sense_is_one_clear_line_and_the_mode_is_on_all_the_same() -> None:
+    config, problems = of_environment(TORCHGUARD="repair", TORCHGUARD_OPTIONS="at=write:exitcode=3")
+    assert problems == [f"TORCHGUARD_OPTIONS: at='write': {SENSELESS}; ignored"]
+    assert (config.mode, config.at, config.exitcode) == ("repair", None, 3)
+    assert torchguard.Guard(**config.guard_keywords()).at == "read"
+    assert of_environment(TORCHGUARD="repair", TORCHGUARD_OPTIONS="at=read")[1] == []
+    assert of_environment(TORCHGUARD="strict", TORCHGUARD_OPTIONS="at=write")[1] == []
+    assert of_environment(TORCHGUARD="off", TORCHGUARD_OPTIONS="at=write")[1] == []
+
+
+@pytest.mark.parametrize("action", _config.ACTIONS)
+@pytest.mark.parametrize("at", [None, *_config.MOMENTS])
+@pytest.mark.parametrize("depth", ["saves", "bytes"])  # "watch" has tests of its own
+def test_every_combination_makes_a_guard_or_is_refused(action: Any, at: Any, depth: Any) -> None:
+    wrong = _config.senseless(action, at, depth)
+    if wrong is not None:
+        with pytest.raises(ValueError, match=r"^torchguard: "):
+            torchguard.Guard(action, at, depth)
+        return
+    guard = torchguard.Guard(action, at, depth)
+    assert (guard.action, guard.depth) == (action, depth)
+    assert guard.at == (at or ("read" if action == "repair" else "write"))
 
 
 @pytest.mark.parametrize("mode", ["repair", "watch", "audit"])

@@ -50,7 +50,7 @@ def test_the_report_names_the_line_that_updated_the_statistics() -> None:
     violation = caught.value.violation
     assert (violation.kind, violation.caught, violation.operation) == ("uncounted", "read", "batch_norm()")
     text = str(caught.value)
-    assert text.startswith("batch_norm(), which moves no version counter, may have corrupted a tensor saved")
+    assert text.startswith("batch_norm(), which moves no version counter, has corrupted a tensor saved")
     assert [line.split("  ")[1].split(" ")[0] for line in text.splitlines() if line.startswith("  ")][:3] == [
         "saved",
         "written",

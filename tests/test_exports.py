@@ -349,7 +349,7 @@ def test_the_report() -> None:
     assert violation.aliased is not None
     assert violation.aliased.source == "array = h.numpy()"
     text = str(raised.value)
-    assert text.startswith("a write from outside torch may have corrupted a tensor saved for backward")
+    assert text.startswith("a write from outside torch has corrupted a tensor saved for backward")
     assert "array = h.numpy()" in text
     assert "(between alias and read: by NumPy, a DLPack consumer, another process)" in text
     assert "4 of 12 elements" in text

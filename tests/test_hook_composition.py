@@ -388,7 +388,7 @@ def test_warn_goes_on_bit_for_bit_and_says_it_once() -> None:
     assert violation.kind == "unchecked"
     assert violation.times == 1
     text = str(violation)
-    assert "mul_(), under save hooks that switch PyTorch's check off, may have corrupted" in text
+    assert "mul_(), under save hooks that switch PyTorch's check off, has corrupted" in text
     assert "out.detach().mul_(2)" in text
     assert "compares no versions" in text
 

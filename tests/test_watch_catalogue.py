@@ -27,6 +27,7 @@ NOT_COVERED = {
     "allow": "allowed",
     "checkpoint": "what is recomputed was never saved",
     "memory exported from torch": "no counter belongs to it",
+    "no Python sees it": "no counter moves with a raw pointer, and nothing checks what a Function stashed",
     "out= and the like": "y = x.data gives one memory two counters for good where it was assigned",
     "preserved counter": "the block is there to hide writes from the counter",
     "resize_": "exported memory",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         UnwatchedWarning,
         Violation,
     )
-    from torchguard.guard import Guard, allow, strict, warn, watch
+    from torchguard.guard import Guard, allow, audit, repair, strict, warn, watch
 
 __all__ = [
     "Guard",
@@ -23,8 +23,10 @@ __all__ = [
     "UnwatchedWarning",
     "Violation",
     "allow",
+    "audit",
     "disable",
     "enable",
+    "repair",
     "strict",
     "warn",
     "watch",
@@ -39,8 +41,10 @@ _HOMES = {
     "UnwatchedWarning": "_violation",
     "Violation": "_violation",
     "allow": "guard",
+    "audit": "guard",
     "disable": "_switch",
     "enable": "_switch",
+    "repair": "guard",
     "strict": "guard",
     "warn": "guard",
     "watch": "guard",

@@ -126,9 +126,9 @@ def _carry_out(
                 save.expect_version()
             seen.clear()
     here = _places.user_instruction(frame)
-    if (group is not None and _torch.in_coalescing_block(group)) or not _memory.can_be_copied(
-        [hit.target for hit in hits]
-    ):
+    at_read = _policy.judge_at_read() is not None
+    coalesced = group is not None and _torch.in_coalescing_block(group)
+    if at_read or coalesced or not _memory.can_be_copied([hit.target for hit in hits]):
         for hit in hits:
             hit.save.let_bytes_decide("uncounted", writer.title, here)
         hits.clear()

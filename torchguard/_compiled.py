@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES
-from torchguard._reads import examine_stashed
-from torchguard._saves import Save, make_pack
-from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
-from torchguard._writers import is_in_place
+from torchguard._reads import examine, examine_stashed
+from torchguard._saves import LEDGER, Save, make_pack
+from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
+from torchguard._writers import all_tensors, is_in_place
 from torchguard._writes import saves_near
 
 _record = make_pack()
@@ -49,8 +50,9 @@ class StashAttribute:
             stash = vars(ctx)[STASH]
         except KeyError:
             raise AttributeError(STASH) from None
-        for save in getattr(stash, "saves", ()):
-            examine_stashed(save)
+        healed = [examine_stashed(save) for save in getattr(stash, "saves", ())]
+        if any(tensor is not None for tensor in healed):
+            return [new if new is not None else old for new, old in zip(healed, stash, strict=True)]
         return stash
 
     def __set__(self, ctx: Any, tensors: Any) -> None:
@@ -128,17 +130,71 @@ def _rehearsed(module: Any, compiled: Any) -> Any:
     """``compiled``, and before each call its graph, call by call, on copies: there its writes meet its saves."""
 
     def run(*args: Any) -> Any:
-        if _policy.innermost() is not None and not _torch.tracing():
-            try:
-                _rehearse(module, args)
-            except (SavedTensorCorruptionError, SavedTensorCorruptionWarning) as error:
-                raise error.with_traceback(None) from None  # without the frames that hold the rehearsal's saves
-        return compiled(*args)
+        if _policy.innermost() is None or _torch.tracing():
+            return compiled(*args)
+        guard = _policy.judge_at_read()
+        collector = None if guard is None else _Collector(guard)
+        try:
+            _rehearse(module, args, collector)
+        except (SavedTensorCorruptionError, SavedTensorCorruptionWarning) as error:
+            raise error.with_traceback(None) from None  # without the frames that hold the rehearsal's saves
+        result = compiled(*args)
+        if collector is not None and collector.found:
+            collector.answer_in_backward(result)
+        return result
 
     return run
 
 
-def _rehearse(module: Any, args: tuple[Any, ...]) -> None:
+class _Collector:
+    """Stands in for a guard that judges at the read while a region is rehearsed.
+
+    Backward reads the region's own saves, not the rehearsal's; but it finds in them what these have become.
+    """
+
+    judges_at_read = True
+    repairs = False
+    audits = False
+    depth = "saves"
+
+    def __init__(self, guard: _policy.Respondent) -> None:
+        self._guard = guard
+        self.found: list[Violation] = []
+
+    def respond(self, violation: Violation) -> None:
+        """Keep it."""
+        self.found.append(violation)
+
+    def heal(self, violation: Violation) -> bool:
+        """The rehearsal's saves are not the ones that backward reads."""
+        return False
+
+    def record_allowed(self, violation: Violation) -> None:
+        """Nothing is allowed where the guard judges at the read."""
+
+    def note_unwatched(self, what: str) -> None:
+        """Pass it on."""
+        self._guard.note_unwatched(what)
+
+    def judge(self) -> None:
+        """The region has been rehearsed: what is known of the saves that it wrote to?"""
+        for save in LEDGER.all_alive():
+            if save.remarks is not None and save.remarks.taken_by is self:
+                examine(save)
+
+    def answer_in_backward(self, result: Any) -> None:
+        """Have the guard answer when backward comes to what the region returned."""
+        guard, found = self._guard, self.found
+
+        def answer(_: Any) -> None:
+            for violation in found:
+                guard.respond(violation)
+
+        for node in {tensor.grad_fn for tensor in all_tensors(result) if tensor.grad_fn is not None}:
+            node.register_prehook(answer)
+
+
+def _rehearse(module: Any, args: tuple[Any, ...], collector: _Collector | None) -> None:
     given = [value for value in args if isinstance(value, torch.Tensor)]
     here = _places.user_instruction(sys._getframe(2))
     with _torch.no_torch_function():
@@ -164,7 +220,11 @@ def _rehearse(module: Any, args: tuple[Any, ...]) -> None:
     arguments = [copies.get(id(value), value) for value in args]
     with _memory.same_random_numbers(given, None):
         try:
-            module(*arguments)
+            with nullcontext() if collector is None else _policy.instead(collector):
+                kept = module(*arguments)  # and with it the saves
+                if collector is not None:
+                    collector.judge()
+                del kept
         except (SavedTensorCorruptionError, SavedTensorCorruptionWarning):
             raise
         except Exception:

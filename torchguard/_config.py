@@ -20,10 +20,24 @@ from typing import Any
 MODES: dict[str, dict[str, Any]] = {
     "strict": {"action": "raise"},
     "warn": {"action": "warn"},
+    "repair": {"action": "repair", "at": "read", "every_call": True},
+    "audit": {"action": "raise", "depth": "bytes"},
     "watch": {"action": "raise", "at": "read", "depth": "watch"},
 }
-#: When a guard can judge.
-MOMENTS: tuple[str, ...] = ("write",)
+#: What a guard can do, when it can judge, and what it can look at.
+ACTIONS: tuple[str, ...] = ("raise", "warn", "repair", "record")
+MOMENTS: tuple[str, ...] = ("write", "read")
+DEPTHS: tuple[str, ...] = ("watch", "saves", "bytes")
+
+
+def senseless(action: str, at: str | None, depth: str) -> str | None:
+    """What is wrong with a combination, and what would be right; None where nothing is."""
+    if depth == "watch" and at == "write":
+        return "PyTorch compares versions when backward reads: with watch, at is 'read', not 'write'"
+    if action == "repair" and at == "write":
+        return "repair acts when backward reads: with it, at is 'read', not 'write'"
+    return None
+
 
 _ON = ("1", "on", "true", "yes")
 _OFF = ("0", "off", "false", "no")
@@ -38,8 +52,8 @@ class Config:
 
     Attributes:
         mode: ``"off"`` or one of :data:`MODES`.
-        at: when to judge, one of :data:`MOMENTS`.
-        every_call: also see calls that no patch sees.
+        at: when to judge, one of :data:`MOMENTS`; None as the mode has it.
+        every_call: also see calls that no patch sees; None as the mode has it.
         report: path to write the violations to.
         exitcode: status of a program that succeeded although violations were reported; 0 leaves it alone.
         suppressions: path of a file, or the lines themselves.
@@ -48,8 +62,8 @@ class Config:
     """
 
     mode: str = "off"
-    at: str = "write"
-    every_call: bool = False
+    at: str | None = None
+    every_call: bool | None = None
     report: str | None = None
     exitcode: int = EXIT_STATUS
     suppressions: str | tuple[str, ...] | None = None
@@ -58,7 +72,8 @@ class Config:
 
     def guard_keywords(self) -> dict[str, Any]:
         """The keywords of the ``Guard`` that this asks for."""
-        return {"at": self.at, "every_call": self.every_call, **MODES[self.mode]}
+        asked = {"at": self.at, "every_call": self.every_call}
+        return {**MODES[self.mode], **{name: value for name, value in asked.items() if value is not None}}
 
 
 OPTIONS: tuple[str, ...] = tuple(field.name for field in fields(Config))
@@ -91,6 +106,7 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
             else it is strict.
     """
     chosen: dict[str, Any] = {}
+    written_in: dict[str, str] = {}
     problems: list[str] = []
     turned_on = False
     for layer in layers:
@@ -109,6 +125,7 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
                 parsed = _PARSERS[option](value, layer.directory)
                 if not (turned_on and option == "mode" and parsed == "off"):
                     chosen[option] = parsed
+                    written_in[option] = f"{layer.source}: {written}={value!r}".removeprefix(": ")
             except _Bad as bad:
                 if option == "mode":
                     chosen["mode"] = "off"  # of all that could be guessed, the one that changes nothing
@@ -116,7 +133,18 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
                 problems.append(f"{name}={value!r} {bad}; {'not switched on' if option == 'mode' else 'ignored'}")
     if "mode" not in chosen:
         chosen["mode"] = default if default != "off" or not turned_on else "strict"
+    wrong = _senseless_in(Config(**chosen))
+    if wrong is not None:
+        del chosen["at"]
+        problems.append(f"{written_in['at']}: {wrong}; ignored")
     return Config(**chosen), problems
+
+
+def _senseless_in(config: Config) -> str | None:
+    if config.mode == "off" or config.at is None:
+        return None
+    keywords = config.guard_keywords()
+    return senseless(keywords["action"], config.at, keywords.get("depth", "saves"))
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

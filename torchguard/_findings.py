@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import sys
 import threading
 import warnings
 from dataclasses import replace
@@ -10,6 +12,8 @@ from typing import Any
 
 from torchguard import _torch
 from torchguard._violation import UnwatchedWarning, Violation
+
+_SITES_SHOWN = 5
 
 #: What this process has been told of already.
 told: set[str] = set()
@@ -23,6 +27,10 @@ class Findings:
         self._times: dict[tuple[Any, ...], int] = {}
         self._unwatched: dict[str, None] = {}
         self._lock = threading.Lock()
+        self._summed_up = 0
+        #: Whether a summary of what was repaired waits for the end of the process: a decorated function is left often.
+        self.sum_up_at_exit = False
+        self._waits_for_exit = False
         for what in _torch.missing():
             self.note_unwatched(what)
 
@@ -46,6 +54,31 @@ class Findings:
     def _counted(self) -> list[Violation]:
         with self._lock:
             return [replace(violation, times=self._times[key]) for key, violation in self._first.items()]
+
+    def sum_up(self, at_exit: bool = False) -> None:
+        """Print one line about what was repaired since the last one, if anything was."""
+        repaired = [violation for violation in self.violations() if violation.repaired]
+        saves = sum(violation.times for violation in repaired)
+        if saves == self._summed_up:
+            return
+        if self.sum_up_at_exit and not at_exit:
+            if not self._waits_for_exit:
+                atexit.register(self.sum_up, at_exit=True)
+            self._waits_for_exit = True
+            return
+        self._summed_up = saves
+        sites: dict[str, int] = {}
+        for violation in repaired:
+            site = str(violation.written or "(no user code on the stack)")
+            sites[site] = sites.get(site, 0) + violation.times
+        shown = ", ".join(f"{site} ({times})" for site, times in list(sites.items())[:_SITES_SHOWN])
+        more = f" and {len(sites) - _SITES_SHOWN} more" if len(sites) > _SITES_SHOWN else ""
+        what = f"{saves} {'save' if saves == 1 else 'saves'}"
+        with contextlib.suppress(Exception):
+            sys.stderr.write(
+                f"torchguard: repair: backward was given the saved bytes of {what} "
+                f"that were written to at {shown}{more}; without repair() the gradients are wrong, or refused\n"
+            )
 
     def note_unwatched(self, what: str) -> None:
         """Keep what cannot be watched, and say it once a process."""

@@ -54,6 +54,9 @@ def _pack(given: torch.Tensor) -> Save:
         save.output = saved.output_nr
     if wrapper:
         _watch_what_is_behind(save)
+    guard = _policy.innermost()
+    if guard is not None and guard.audits:
+        save.keep_contents()
     return save
 
 

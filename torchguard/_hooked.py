@@ -32,7 +32,7 @@ from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._exports import EXPORTS, Export
 from torchguard._overlap import overlaps
-from torchguard._reads import collector, export_behind
+from torchguard._reads import collector, export_behind, is_unused
 from torchguard._rereads import Reread, running
 from torchguard._saves import LEDGER, OWN_FILES, Save, copy_of, extent_of, operation_of_node
 from torchguard._torch import Hooks
@@ -114,7 +114,9 @@ class HookedSave(Save):
         if not self.tracked and (self.remarks is None or self.remarks.suspect is None):
             super().keep_proof(at_most)
 
-    def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
+    def let_bytes_decide(
+        self, kind: Kind, operation: str, here: _places.Instruction, aliased: _places.Instruction = None
+    ) -> None:
         """A write is coming: keep proof, and compare when backward reads.
 
         What is computed anew repeats the writes of a checkpoint's function, and no others.
@@ -127,9 +129,10 @@ class HookedSave(Save):
             # torch can write to may not be what was saved any more.
             remarks.proof = None
         reasons = _policy.state.reasons
-        if not remarks.compare or self.reason is not None:
+        first = not remarks.compare or (remarks.audited and remarks.writer is None)
+        if first or self.reason is not None:
             self.reason = reasons[-1] if reasons else None
-        super().let_bytes_decide(kind, operation, here)
+        super().let_bytes_decide(kind, operation, here, aliased)
 
     def expect_version(self) -> None:
         """The version has moved by a write that was seen."""
@@ -147,7 +150,7 @@ class HookedSave(Save):
             LEDGER.add(self)
         super().accept()
         if self.remarks is not None:
-            self.remarks.compare = False
+            self.remarks.compare = self.remarks.audited
 
     def _look_at(self, tensor: torch.Tensor) -> None:
         self.weak = _torch.weak_storage(tensor)
@@ -324,10 +327,14 @@ def compose(program: Hooks) -> Hooks:
             return _record(tensor, packed, output_of, recomputes)
 
     def unpack(save: HookedSave) -> torch.Tensor:
+        if collector.saves is not None and collector.unjudged:
+            collector.saves.append(save)  # somebody asks which save a node takes out, and not for what it holds
+            return save.tensor if save.counter is not None else torch.empty(0)
         suspicious = save.counter is not None and _suspicious(save)
-        certain = suspicious and save.certain
-        error = _verdict_on(save, save.tensor) if certain else None
-        if error is None:
+        # What can be repaired is judged by what unpack makes of it: that is what has to be replaced.
+        certain = suspicious and save.certain and (save.recomputed or not _verdict.can_be_repaired(save))
+        found = _verdict_on(save, save.tensor) if certain else None
+        if found is None:
             outer = collector.saves
             collector.saves = None  # what it reads itself is not what is asked for
             try:
@@ -335,13 +342,15 @@ def compose(program: Hooks) -> Hooks:
             finally:
                 collector.saves = outer
             if suspicious and not certain:
-                error = _verdict_on(save, tensor)
-        if error is not None:
+                found = _verdict_on(save, tensor)
+        if isinstance(found, torch.Tensor):
+            return found
+        if found is not None:
             del save
             try:
-                raise error
+                raise found
             finally:
-                del error  # it refers to this frame
+                del found  # it refers to this frame
         return tensor
 
     pack.program = program  # type: ignore[attr-defined]
@@ -413,13 +422,16 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recompute
     if storage in ALIASES.young or storage in ALIASES.by_storage:
         ALIASES.sync(storage)
         if ALIASES.arm(storage, tensor):
-            save.keep_proof(PROOF_BYTES_AT_SAVE)
+            save.keep_small_proof(PROOF_BYTES_AT_SAVE)
     if form[0] and judged.numel() * judged.element_size() <= PROOF_BYTES_AT_SAVE:
         remarks = save.remark()  # for a tracked write that nobody sees coming
         if remarks.proof is None:
             remarks.proof = copy_of(judged)
     EXPORTS.meet(save, storage, tensor.grad_fn)
     LEDGER.add(save)
+    guard = _policy.innermost()
+    if guard is not None and guard.audits and not recomputed:
+        save.keep_contents()
     return save
 
 
@@ -458,14 +470,15 @@ def _is_rebound(save: HookedSave) -> bool:
     return tensor is not None and _memory.storage_of(tensor) != save.storage
 
 
-def _verdict_on(save: HookedSave, read: Any) -> Exception | None:
+def _verdict_on(save: HookedSave, read: Any) -> Exception | torch.Tensor | None:
     """What the guard answers, now that backward reads ``read``; returned, so that it is raised without frames that hold
-    user tensors.
+    user tensors. A tensor is what backward is to read instead.
     """
     try:
         with _torch.no_torch_function():
-            if isinstance(read, torch.Tensor) and (_is_repeated if save.recomputed else _is_changed)(save, read):
-                _report(save)
+            changed = isinstance(read, torch.Tensor) and (_is_repeated if save.recomputed else _is_changed)(save, read)
+            if changed and not is_unused(save):
+                return _report(save, None if save.recomputed else read)
     except Exception as error:
         return error.with_traceback(None)
     return None
@@ -504,20 +517,31 @@ def _is_changed(save: HookedSave, read: torch.Tensor) -> bool:
     return not _memory.same_bytes(read, proof) and _memory.same_bytes(read, saved)
 
 
-def _report(save: HookedSave) -> None:
+def _report(save: HookedSave, read_as: torch.Tensor | None) -> torch.Tensor | None:
+    """Have the guard answer. ``read_as`` is what backward would read, if something can be put into its place."""
     remarks = save.remark()
     read = _places.user_instruction(sys._getframe(1))
     alias: AliasRecord | Export | None = remarks.suspect
     kind: Kind
-    if _is_rebound(save):
-        kind, operation, written = "rebind", "x.data = y", read
-    elif remarks.writer is not None:
+    if remarks.writer is not None:
         kind, operation, written = remarks.writer
+    elif _is_rebound(save):
+        kind, operation, written = "rebind", "x.data = y", read
+    elif remarks.audited and alias is None and not save.tracked and not _is_exported(save):
+        kind, operation, written = "invisible", "", read
     elif save.tracked or alias is not None or not _is_exported(save):
         kind, operation, written = "unchecked" if save.tracked else "unseen", "", read
     else:
         kind, operation, written, alias = "exported", "", read, export_behind(save)
     reasons = _policy.state.reasons
+    aliased = remarks.alias if alias is None else alias.instruction
+    instead = None if read_as is None or save.reason is not None else _as_it_was(save, read_as)
+    if instead is not None and _verdict.can_be_repaired(save):
+        healed = _verdict.repair(save, kind, operation, aliased=aliased, written=written, read=read)
+        if healed is None:
+            save.accept()
+            return None
+        return instead
     if save.reason is not None:
         reasons.append(save.reason)
     try:
@@ -525,7 +549,7 @@ def _report(save: HookedSave) -> None:
             save,
             kind,
             operation,
-            aliased=None if alias is None else alias.instruction,
+            aliased=aliased,
             written=written,
             read=read,
             elements=save.changed_elements,
@@ -535,3 +559,20 @@ def _report(save: HookedSave) -> None:
         if save.reason is not None:
             reasons.pop()
     save.accept()
+    return None
+
+
+def _as_it_was(save: HookedSave, read: torch.Tensor) -> torch.Tensor | None:
+    """``read`` over a copy of the memory as it was when it was saved; None where that cannot be made."""
+    proof = None if save.remarks is None else save.remarks.proof
+    if proof is None:
+        return None
+    with _torch.hidden():
+        if read.shape == proof.shape and read.dtype == proof.dtype:
+            return proof.clone()
+        saved = save.tensor
+        if not _lies_over(read, saved) or not _memory.can_be_copied([saved, read]):
+            return None
+        replicas = _memory.replicas_of([saved, read])
+        _memory.overwrite(replicas[id(saved)], proof)
+        return replicas[id(read)]

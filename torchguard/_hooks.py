@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from torchguard import _functorch, _policy, _torch
+from torchguard import _functorch, _memory, _policy, _torch
 from torchguard._hooked import compose, program_of
 from torchguard._reads import collecting, collector, unpack
 from torchguard._saves import make_pack
@@ -46,10 +46,10 @@ def _clear_stale() -> None:
         remove(pair)
 
 
-def push() -> Hooks:
-    """Push a new pair of hooks onto this thread's stack, and return it."""
+def push(audits: bool = False) -> Hooks:
+    """Push a new pair of hooks onto this thread's stack, and return it; ``audits``: one that keeps the bytes."""
     _clear_stale()
-    pair = (make_pack(), unpack)
+    pair = (make_pack(audits=audits), unpack)
     _ours.add(id(pair[0]))
     if _torch.hooks_enabled():
         _restack(lambda pairs: [pair, *pairs])
@@ -187,8 +187,13 @@ def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
     waiting = iter(saves)
     result: list[torch.Tensor | None] = []
     for tensor in unpacked:
-        save = None if tensor is None else next(waiting)
-        result.append(save.tensor if save is not None and save.node is None else tensor)
+        if tensor is None:
+            result.append(None)
+            continue
+        save = next(waiting)
+        # Under repair(), what backward is given in the place of a save lies elsewhere.
+        is_input = save.node is None and _memory.storage_of(save.tensor) == _memory.storage_of(tensor)
+        result.append(save.tensor if is_input else tensor)
     return tuple(result)
 
 
@@ -207,7 +212,7 @@ def under(guards: Sequence[_policy.Respondent]) -> Iterator[None]:
         return
     before = list(_policy.state.guards)
     _policy.adopt(adopted)
-    pair = push()
+    pair = push(adopted[-1].audits)
     try:
         yield
     finally:

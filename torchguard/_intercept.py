@@ -33,6 +33,7 @@ from torchguard import (
     _reads,
     _recompute,
     _refusal,
+    _stashes,
     _storages,
     _torch,
     _watch,
@@ -395,6 +396,10 @@ def _prepare() -> list[Patch]:
         Patch(torch.Tensor, name, Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")
     ]
+    patches += [
+        Patch(torch.Tensor, name, Routed(getattr(torch.Tensor, name), _writes.reshapes(name)))
+        for name in _writers.RESHAPING
+    ]
     patches += _storage_patches() + _interchange_patches()
     block = _torch.PRESERVING_BLOCK
     if block is not None:
@@ -534,6 +539,33 @@ def _put_back() -> None:
         _torch.remove_script_name(wrapper)
     for patch in reversed([*_patches, *_compiler_patches]):
         patch.restore()
+
+
+class _WhileAsked:
+    """A patch that only some guards need."""
+
+    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
+        self._patch = Patch(owner, name, replacement)
+        self._count = 0
+
+    def begin(self) -> None:
+        """Patch; the second and later calls only count."""
+        with lock:
+            if self._count == 0:
+                self._patch.install()
+            self._count += 1
+
+    def end(self) -> None:
+        """Undo :meth:`begin`; the last call restores what was there."""
+        with lock:
+            self._count -= 1
+            if self._count == 0:
+                self._patch.restore()
+
+
+#: See what custom Functions stash (for audit), and whom addresses are told (for repair).
+STASHES = _WhileAsked(torch.autograd.Function, "apply", _stashes.APPLY)
+POINTERS = _WhileAsked(torch.Tensor, "data_ptr", Routed(torch.Tensor.data_ptr, _interchange.to_pointer))
 
 
 def see_every_call() -> None:

@@ -13,7 +13,7 @@ from weakref import ref
 
 import torch
 
-from torchguard import _memory, _places, _torch
+from torchguard import _memory, _places, _policy, _torch
 from torchguard._exports import EXPORTS, is_open
 from torchguard._model import Span
 from torchguard._saves import LEDGER
@@ -43,6 +43,14 @@ def _is_open(tensor: torch.Tensor) -> bool:
             return is_open(tensor.untyped_storage())
     except _memory.NO_MEMORY:
         return True
+
+
+def to_pointer(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.data_ptr()``, where the guard repairs: who has the address can write there as long as the memory lives."""
+    tensor = args[0] if instance is None and args else instance
+    if isinstance(tensor, torch.Tensor) and _policy.repairer() is not None:
+        _hand_out(tensor, _memory.span_of(tensor), sys._getframe(1), None, _is_open(tensor))
+    return wrapped(*args, **kwargs)
 
 
 # ---- NumPy -------------------------------------------------------------------------------------------------

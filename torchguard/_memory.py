@@ -144,6 +144,26 @@ def _stretch(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((_extent(tensor),), (1,))
 
 
+def contents_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What the elements hold, in row-major order, as uint8; what is conjugated or negated lazily is so by then."""
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    return as_bytes(tensor.resolve_conj().resolve_neg().contiguous())
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The strided tensors that hold what one of any layout holds; none where there are no bytes to read."""
+    tensor = _torch.behind(tensor)
+    if span_of(tensor) is not None:
+        return [tensor] if readable(tensor) else []
+    try:
+        with _torch.hidden():
+            found = _torch.inner_tensors(tensor)
+    except NO_MEMORY:
+        return []
+    return [part for inner in found for part in parts_of(inner)]
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's memory as uint8."""
     # A single element is contiguous whatever its stride, and is viewed as bytes only if that is 1.
@@ -279,18 +299,42 @@ def touched_elements(mask: torch.Tensor, address: int, span: Span) -> int:
     return int(elements.any(-1).sum())
 
 
+#: An integer type of the same size: what is equal as integers has the same bits.
+_WORDS = {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.complex64: torch.int64,
+    torch.int64: torch.int64,
+    torch.int32: torch.int32,
+}
+
+
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one dtype and shape hold the same bits (NaNs and signs of zero count)."""
+    word = _WORDS.get(a.dtype) if type(a) in PLAIN_TYPES and not _torch.any_mode_active() else None
+    if word is not None and not (a.is_conj() or a.is_neg() or b.is_conj() or b.is_neg()):
+        # The same, at a third of the time: audit() asks at every read.
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        with torch.no_grad():
+            return bool(torch.equal(a.detach().view(word), b.view(word)))
     with _torch.hidden():
         a, b = _torch.behind(a), _torch.behind(b)
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return False
-        return bool(torch.equal(as_bytes(a.contiguous()), as_bytes(b.contiguous())))
+        return bool(torch.equal(contents_of(a), contents_of(b)))
+
+
+def same_parts(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Whether two tensors, given by what they are made of, hold the same bits."""
+    return len(a) == len(b) and all(same_bytes(one, other) for one, other in zip(a, b, strict=True))
 
 
 def differing_elements(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Which elements of two tensors of one dtype and shape differ in a bit, as a mask in row-major order."""
-    a, b = as_bytes(tensor.contiguous()), as_bytes(other.contiguous())
+    a, b = contents_of(tensor), contents_of(other)
     return (a != b).view(tensor.numel(), -1).any(-1) if tensor.numel() else torch.zeros(0, dtype=torch.bool)
 
 
@@ -327,13 +371,33 @@ def changed_elements(tensor: torch.Tensor, proof: torch.Tensor | None) -> int:
         return int(differing_elements(tensor, proof).sum())
 
 
+def largest_difference(tensor: torch.Tensor, proof: torch.Tensor) -> float | None:
+    """By how much the elements differ at most from those of the proof (for complex ones: the distance).
+
+    NaN where one of a pair of differing elements is; None where the two cannot be compared.
+    """
+    tensor = _torch.behind(tensor)
+    if proof.shape != tensor.shape or proof.dtype != tensor.dtype or not readable(tensor):
+        return None
+    try:
+        with _torch.hidden():
+            differs = differing_elements(tensor, proof)
+            now, before = tensor.reshape(-1)[differs], proof.reshape(-1)[differs]
+            wide = torch.complex128 if tensor.is_complex() else torch.float64
+            difference = now.to(wide) - before.to(wide)
+            difference[now == before] = 0  # infinities, and signs of zero
+            return float(difference.abs().max()) if difference.numel() else 0.0
+    except NO_MEMORY:  # an element type that knows no arithmetic
+        return None
+
+
 def describe(tensor: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and device of a tensor in the words of a report."""
     with _torch.no_torch_function():
         tensor = _torch.behind(tensor)
         return {
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": tuple(tensor.shape),
+            "shape": () if tensor.is_nested and tensor.layout is torch.strided else tuple(tensor.shape),
             "device": str(tensor.device),
         }
 

@@ -16,6 +16,21 @@ class Respondent(Protocol):
     #: What it knows of saves: "watch" for nothing.
     depth: Any
 
+    @property
+    def judges_at_read(self) -> bool:
+        """Whether it lets the bytes decide when backward reads, wherever a write was seen coming."""
+
+    @property
+    def repairs(self) -> bool:
+        """Whether it hands backward the bytes that were saved, where they were kept."""
+
+    @property
+    def audits(self) -> bool:
+        """Whether the bytes of every save are kept."""
+
+    def heal(self, violation: Violation) -> bool:
+        """Answer a violation that can be repaired; False where it is one to live with."""
+
     def respond(self, violation: Violation) -> None:
         """Raise, warn or record."""
 
@@ -94,11 +109,36 @@ def leave(guard: Respondent) -> None:
         home.remove(guard)
 
 
-def answer(describe: Callable[[str | None], Violation], left: Respondent | None = None) -> None:
+def judge_at_read() -> Respondent | None:
+    """The guard in charge of a write that is about to happen, where it lets the bytes decide when backward reads.
+
+    In an ``allow`` block there is nothing to decide: what is written there is allowed as it is written.
+    """
+    if state.reasons:
+        return None
+    guard = innermost()
+    return guard if guard is not None and guard.judges_at_read else None
+
+
+def repairer() -> Respondent | None:
+    """The guard in charge of what happens in this thread, where it repairs; nothing that is allowed is repaired."""
+    guard = judge_at_read()
+    return guard if guard is not None and guard.repairs else None
+
+
+def answer(
+    describe: Callable[[str | None], Violation],
+    left: Respondent | None = None,
+    taken_by: Respondent | None = None,
+) -> None:
     """Let the innermost guard answer a violation, which ``describe`` (given the reason to allow it) makes.
 
-    Where no guard is on any more, ``left`` answers: one that was left before its suspicion was settled.
+    Where no guard is on any more, ``left`` answers: one that was left before its suspicion was settled. A write that
+    ``taken_by`` saw, outside any ``allow`` block, and did not judge there, is that guard's wherever it is read.
     """
+    if taken_by is not None:
+        taken_by.respond(describe(None))
+        return
     guard = innermost() or left
     if guard is None:
         return
@@ -117,6 +157,19 @@ def allowed_for(reasons: list[str]) -> Iterator[None]:
         yield
     finally:
         del state.reasons[:added]
+
+
+@contextmanager
+def instead(respondent: Respondent) -> Iterator[None]:
+    """Have somebody else answer in this thread for a block."""
+    with_it = [*state.guards, respondent]
+    entered.append(respondent)
+    before, state.guards[:] = list(state.guards), with_it
+    try:
+        yield
+    finally:
+        entered.remove(respondent)
+        state.guards[:] = before
 
 
 def note_unwatched(what: str) -> None:

@@ -40,8 +40,9 @@ def begin(original: Any, block: Any, args: tuple[Any, ...], kwargs: dict[str, An
         for save in saves_near(tensor, storage):
             if save.moved:
                 continue  # PyTorch refuses it
-            if save.remarks is None or not save.remarks.compare:
-                if save.remarks is None or save.remarks.proof is None:
+            audited = save.remarks is not None and save.remarks.audited
+            if save.remarks is None or not save.remarks.compare or audited:
+                if save.remarks is None or save.remarks.proof is None or audited:
                     copied.append(ref(save))
                 save.let_bytes_decide("uncounted", f"a write under {PRESERVES}", here)
     preserving[block] = frozenset(storages)
@@ -63,7 +64,9 @@ def end(original: Any, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
             if save is None or save.remarks is None:
                 continue
             if save.is_proven:
-                save.remarks.compare = False
-                save.remarks.proof = save.remarks.writer = None
+                save.remarks.writer = None
+                if not save.remarks.audited:
+                    save.remarks.compare = False
+                    save.remarks.proof = None
             else:
                 allow_if_intended(save)

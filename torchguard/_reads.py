@@ -15,6 +15,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
 from torchguard._aliases import ALIASES, AliasRecord
+from torchguard._audit import SYNCHRONOUS, put_off
 from torchguard._counts import SLOW_PATH
 from torchguard._exports import EXPORTS, Export
 from torchguard._rereads import Reread
@@ -47,23 +48,23 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     storage_id = _torch.storage_id
     disabled = _torch.no_torch_function
 
-    def check(save: Save) -> None:
-        if save.tensor._version != save.version:
+    def check(save: Save) -> torch.Tensor | None:
+        if save.tensor._version != save.version and (save.version == DETACHED or not _verdict.can_be_repaired(save)):
             _refuse(save)
         if save.storage in young or save.storage in aliases:
             ALIASES.sync(save.storage)
         if save.remarks is not None or (save.node is None and _memory.storage_of(save.tensor) != save.storage):
-            _examine(save)
+            return _examine(save)
+        return None
 
-    def verdict(save: Save) -> Exception | None:
+    def verdict(save: Save) -> Exception | torch.Tensor | None:
         try:
             with disabled():
-                check(save)
+                return check(save)
         except Exception as error:
             # Raised by the hook, without the frames below: their locals would keep the save alive for as long
             # as somebody keeps the error.
             return error.with_traceback(None)
-        return None
 
     def unpack(save: Save) -> torch.Tensor:
         if collecting and collector.saves is not None:
@@ -79,13 +80,15 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
             or save.storage in aliases
             or (save.node is None and storage_id(tensor) != save.storage)
         ):
-            error = verdict(save)
-            if error is not None:
+            found = verdict(save)
+            if isinstance(found, torch.Tensor):
+                return found  # what was saved, in the place of what is there now
+            if found is not None:
                 del save, tensor
                 try:
-                    raise error
+                    raise found
                 finally:
-                    del error  # it refers to this frame
+                    del found  # it refers to this frame
         return tensor
 
     return unpack
@@ -113,7 +116,8 @@ def let_go(tensor: torch.Tensor) -> None:
             save.remarks.view = None
 
 
-def _examine(save: Save) -> None:
+def _examine(save: Save) -> torch.Tensor | None:
+    """Judge a save that there is something to say about; what backward is to read in its place, if anything."""
     remarks = save.remark()
     for part in remarks.parts:
         examine_stashed(part)
@@ -122,17 +126,30 @@ def _examine(save: Save) -> None:
         awaits()
     tensor = save.tensor
     rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
+    refused = save.moved and not remarks.stashed  # PyTorch would, and the guard in charge repairs
+    if remarks.audited and remarks.writer is None and remarks.suspect is None and not (rebound or refused):
+        kind_if_changed: Kind = "stashed" if remarks.stashed else "exported" if remarks.exports else "invisible"
+        if save.tensor.device.type not in SYNCHRONOUS and (is_unused(save) or put_off(save, kind_if_changed)):
+            return None
     seen = rebound or remarks.compare or remarks.suspect is not None
-    if not seen and (not remarks.exports or remarks.proof is None):
-        return
+    if not seen and not refused and (not remarks.exports or remarks.proof is None):
+        return None
     with SLOW_PATH:
-        if save.is_back or save.is_proven:
+        if not refused and save.is_intact:
             remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
-        elif not _unused(save):
-            _report(save, "rebind" if rebound else "unseen" if seen else "exported")
+            return None
+        if is_unused(save):
+            return None
+        if rebound:
+            kind: Kind = "rebind"
+        elif remarks.audited and remarks.writer is None and remarks.suspect is None and not refused:
+            kind = kind_if_changed
+        else:
+            kind = "unseen" if seen else "tracked" if refused else "exported"
+        return _report(save, kind)
 
 
-def _unused(save: Save) -> bool:
+def is_unused(save: Save) -> bool:
     """Whether what reads takes the save out and does nothing with it.
 
     The node is asked for the tensors of which that is known; its answer comes by way of the unpack hook, which sees
@@ -153,20 +170,30 @@ def _unused(save: Save) -> bool:
     return any(other is save for other in found)
 
 
-def _report(save: Save, kind: Kind) -> None:
+def _report(save: Save, kind: Kind) -> torch.Tensor | None:
     remarks = save.remark()
     alias: AliasRecord | Export | None = export_behind(save) if kind == "exported" else remarks.suspect
     read = _places.user_instruction(sys._getframe(1))
     operation, written = "x.data = y" if kind == "rebind" else "", read
+    aliased = None if alias is None else alias.instruction
     if remarks.writer is not None and kind == "unseen":
         kind, operation, written = remarks.writer
+        aliased = aliased or remarks.alias
     if remarks.stashed and kind != "exported":
         kind = "wrapped" if isinstance(save, Part) else "stashed"
+    if not isinstance(save, Part) and _verdict.can_be_repaired(save):
+        healed = _verdict.repair(save, kind, operation, aliased=aliased, written=written, read=read)
+        if healed is not None:
+            return healed
+        if save.moved and not remarks.stashed:
+            _refuse(save)
+        save.accept()
+        return None
     _verdict.pronounce(
         save,
         kind,
         operation,
-        aliased=None if alias is None else alias.instruction,
+        aliased=aliased,
         written=written,
         read=read,
         elements=save.changed_elements,
@@ -174,6 +201,7 @@ def _report(save: Save, kind: Kind) -> None:
     )
     remarks.spoilt = False
     save.accept()  # nothing was raised: a later write is another violation
+    return None
 
 
 def export_behind(save: Save) -> Export:
@@ -189,14 +217,21 @@ def export_behind(save: Save) -> Export:
     return exports[0]
 
 
-def examine_stashed(save: Save) -> None:
+def examine(save: Save) -> None:
+    """Have a save judged as if backward read it now."""
+    with _torch.no_torch_function():
+        _examine(save)
+
+
+def examine_stashed(save: Save) -> torch.Tensor | None:
     """The same for a save that PyTorch reads without a look at its version: a tracked write is silent, too."""
     ALIASES.sync(save.storage)
     remarks = save.remark()
     remarks.compare = remarks.compare or save.moved
     with _torch.no_torch_function():
-        _examine(save)
+        healed = _examine(save)
     save.version = _memory.version_of(save.tensor)
+    return healed
 
 
 def look_for_unseen_writes(leaving: bool = False) -> None:
@@ -242,6 +277,6 @@ def leave_to(guard: _policy.Respondent) -> None:
         elif (
             remarks is not None
             and (remarks.suspect is not None or remarks.compare or (remarks.exports and remarks.proof is not None))
-            and not (save.is_back or save.is_proven)
+            and not save.is_intact
         ):
             remarks.guard = guard

@@ -23,7 +23,7 @@ from weakref import ref
 import torch
 
 from torchguard import _fingerprint, _memory, _places, _policy, _torch
-from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
+from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._exports import EXPORTS, FRESH, OWN_NODES, Export
 from torchguard._ledger import Extent, Ledger
@@ -54,17 +54,22 @@ class Remarks:
     """What is known of the few saves about which there is something to say."""
 
     __slots__ = (
+        "alias",
+        "audited",
         "awaits",
         "compare",
+        "contents",
         "exports",
         "fingerprint",
         "guard",
+        "healed",
         "lent",
         "parts",
         "proof",
         "spoilt",
         "stashed",
         "suspect",
+        "taken_by",
         "view",
         "writer",
     )
@@ -74,16 +79,26 @@ class Remarks:
         self.suspect: AliasRecord | None = None
         #: A copy of the saved bytes.
         self.proof: torch.Tensor | None = None
+        #: The same of a save without memory of its own (sparse, nested, ...): of each tensor that it is made of.
+        self.contents: list[torch.Tensor] | None = None
+        #: Whether the copy was made when it was saved, whoever may write.
+        self.audited = False
         #: Whether the bytes decide at the read: a trusted or a silent writer has been at work.
         self.compare = False
         #: Whether PyTorch would read it without a look at its version, and never lets go of it: the bytes decide.
         self.stashed = False
         #: What is known of the saved bytes while their memory is given up.
         self.fingerprint: torch.Tensor | None = None
+        #: Whether backward is given the copy: None until somebody has asked the guard in charge.
+        self.healed: bool | None = None
         #: Waits for a write that has begun in the background; to be called before the bytes are compared.
         self.awaits: Callable[[], None] | None = None
-        #: What the last such writer was, and where, if the guard saw it.
+        #: The first such writer since the bytes were last those that were saved, and where, if the guard saw it.
         self.writer: tuple[Kind, str, _places.Instruction] | None = None
+        #: Where the alias was taken that it wrote through, if the guard saw that.
+        self.alias: _places.Instruction = None
+        #: The guard that saw the write and left it to the bytes: it answers, wherever backward reads.
+        self.taken_by: _policy.Respondent | None = None
         #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.
         self.guard: _policy.Respondent | None = None
         #: By what code outside torch could write to it: the bytes decide at the read.
@@ -163,12 +178,59 @@ class Save:
             if remarks.proof is None and _memory.span_of(tensor) is not None and _memory.readable(tensor):
                 remarks.proof = copy_of(tensor)
 
-    def let_bytes_decide(self, kind: Kind, operation: str, here: _places.Instruction) -> None:
-        """A write is coming that nobody can judge now: keep proof, and compare when backward reads."""
-        self.keep_proof()
+    def keep_small_proof(self, at_most: int) -> None:
+        """The same for a write that nobody will see coming.
+
+        A guard that lets the bytes decide has something to decide by for larger saves, too: no copy, which would double
+        their memory, but 64 bits.
+        """
+        if _policy.judge_at_read() is None:
+            self.keep_proof(at_most)
+            return
+        self.keep_proof(max(at_most, PROOF_BYTES_AT_ALIAS))
         remarks = self.remark()
+        if self.checked and remarks.proof is None and remarks.fingerprint is None:
+            remarks.fingerprint = _fingerprint.of(_torch.behind(self.tensor))
+
+    def keep_contents(self) -> None:
+        """Keep a copy of what is saved, whatever its layout, and compare when backward reads."""
+        remarks = self.remark()
+        tensor = self.tensor
+        plain = type(tensor) in _memory.PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_nested
+        if plain and not tensor.is_quantized and not _torch.any_mode_active():
+            # The same, at a third of the time: audit() does it for every save.
+            if not tensor.numel() or not _torch.storage_address(tensor) or _torch.is_capturing(tensor):
+                return
+            with torch.no_grad():
+                remarks.proof = tensor.detach().clone()
+            remarks.audited = remarks.compare = True
+            return
+        with _torch.hidden():
+            if _torch.is_capturing(self.tensor):
+                return  # the copy would be made again with every replay
+            self.keep_proof()
+            if remarks.proof is None:
+                parts = _memory.parts_of(self.tensor)
+                remarks.contents = [part.detach().clone() for part in parts] or None
+        remarks.audited = remarks.compare = remarks.proof is not None or remarks.contents is not None
+
+    def let_bytes_decide(
+        self, kind: Kind, operation: str, here: _places.Instruction, aliased: _places.Instruction = None
+    ) -> None:
+        """A write is coming that nobody can judge now: keep proof, and compare when backward reads."""
+        remarks = self.remark()
+        writer = (kind, operation, here)
+        written = remarks.suspect is not None or (remarks.compare and remarks.writer not in (None, writer))
+        if written and not self.is_intact:
+            remarks.compare = True  # somebody else has written to it already
+            return
+        self.keep_proof()
+        remarks.suspect = None
         remarks.compare = True
-        remarks.writer = (kind, operation, here)
+        remarks.writer = writer
+        remarks.alias = aliased
+        remarks.taken_by = _policy.judge_at_read()
+        remarks.healed = None
 
     def shares_counter(self, target: torch.Tensor) -> bool:
         """Whether a counted write to ``target`` moves the version of what was saved."""
@@ -177,10 +239,36 @@ class Save:
     def expect_version(self) -> None:
         """The version of a save that is not checked has moved by a write that was seen."""
 
+    def restored(self) -> torch.Tensor:
+        """A copy of the bytes that were saved, for backward: autograd gives it the history that the save has."""
+        proof = None if self.remarks is None else self.remarks.proof
+        assert proof is not None
+        with _torch.hidden():
+            copy = proof.clone()  # and not the proof: what reads may write to it, and may read again
+            kind = type(self.tensor)
+            if kind not in _memory.PLAIN_TYPES and not _torch.is_wrapper(self.tensor):
+                copy = copy.as_subclass(kind)
+            return _torch.wrapped_like(self.tensor, copy)
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a guard has seen a write to it and left it to the bytes."""
+        return self.remarks is not None and self.remarks.taken_by is not None
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the bytes are known to be those that were saved."""
+        return self.is_back or self.is_proven
+
     @property
     def is_proven(self) -> bool:
         """Whether there is proof, and the bytes are those of it."""
-        proof = None if self.remarks is None else self.remarks.proof
+        remarks = self.remarks
+        if remarks is None:
+            return False
+        if remarks.contents is not None:
+            return _memory.same_parts(_memory.parts_of(self.tensor), remarks.contents)
+        proof = remarks.proof
         return proof is not None and _memory.readable(self.tensor) and _memory.same_bytes(self.tensor, proof)
 
     @property
@@ -224,11 +312,15 @@ class Save:
         self.follow()
         remarks = self.remarks
         if remarks is not None:
-            remarks.suspect = remarks.guard = remarks.writer = None
+            remarks.suspect = remarks.guard = remarks.writer = remarks.alias = None
+            remarks.taken_by = remarks.healed = None
             if remarks.fingerprint is not None:
                 remarks.fingerprint = _fingerprint.of(self.tensor)
                 remarks.compare = remarks.fingerprint is not None
-            if remarks.proof is not None and not remarks.spoilt:
+            if remarks.audited:
+                remarks.proof = remarks.contents = None
+                self.keep_contents()
+            elif remarks.proof is not None and not remarks.spoilt:
                 remarks.proof = None
                 self.keep_proof()
 
@@ -331,8 +423,8 @@ ALIASES.live_saves = LEDGER.in_storage
 ALIASES.any_live_save = LEDGER.any_in_storage
 
 
-def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
-    """A new pack hook, or one for tensors that are known to be no plain ones.
+def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Tensor], Save]:
+    """A new pack hook, or one for tensors that are known to be no plain ones, or one that keeps the bytes of each save.
 
     Everything it uses is bound to a local name: it runs once a save.
     """
@@ -452,7 +544,7 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
             if storage in young or storage in aliases:
                 ALIASES.sync(storage)
                 if ALIASES.arm(storage, tensor):
-                    save.keep_proof(PROOF_BYTES_AT_SAVE)
+                    save.keep_small_proof(PROOF_BYTES_AT_SAVE)
         if storage in exports:
             known = exports.get(storage)
             if known is not None and known.exports:
@@ -475,6 +567,8 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
         append(ref(save))
         if len(pending) > _FILE_AT:
             file()
+        if audits:
+            save.keep_contents()
         return save
 
     def pack_exotic(tensor: torch.Tensor, depth: int = 2) -> Save:
@@ -486,7 +580,7 @@ def make_pack(exotic: bool = False) -> Callable[[torch.Tensor], Save]:
                 Part(save, inner) for inner in _torch.parts_of(save.tensor) if _memory.storage_of(inner)
             )
             pending.extend(ref(part) for part in remarks.parts)
-        if not remarks.parts and _memory.span_of(tensor) is None and tensor.device.type != "meta":
+        if not (remarks.parts or remarks.contents) and _memory.span_of(tensor) is None and tensor.device.type != "meta":
             layout = str(tensor.layout).removeprefix("torch.")
             _policy.note_unwatched(
                 f"{type(tensor).__name__} of layout {layout}: no memory to compare writes with; "

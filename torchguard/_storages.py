@@ -77,6 +77,8 @@ _RESIZE = Writer("UntypedStorage.resize_()", uncounted=frozenset({"self"}), on_s
 
 def enter_alias(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x.set_(y)``: ``x`` is an alias, with the counter that it had."""
+    if isinstance(instance, torch.Tensor):
+        _writes.keep_before_reshaping(instance, "set_")
     result = wrapped(*args, **kwargs)
     # A typed storage makes such a tensor for the time of one write.
     if type(result) in _memory.PLAIN_TYPES and sys._getframe(1).f_code.co_filename != torch.storage.__file__:

@@ -77,6 +77,37 @@ def weak_storage(tensor: torch.Tensor) -> WeakStorage | None:
     return WeakStorage(_untyped_storage(tensor)) if _CAN_HOLD_WEAKLY else None
 
 
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the device of the tensor."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+#: The methods that give what a tensor of a sparse layout is made of.
+_COMPRESSED_ROWS = ("crow_indices", "col_indices", "values")
+_COMPRESSED_COLUMNS = ("ccol_indices", "row_indices", "values")
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _COMPRESSED_ROWS,
+    torch.sparse_bsr: _COMPRESSED_ROWS,
+    torch.sparse_csc: _COMPRESSED_COLUMNS,
+    torch.sparse_bsc: _COMPRESSED_COLUMNS,
+}
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that one without memory of its own is made of: sparse, nested or opaque ones, wrapping subclasses."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        return [getattr(tensor, name) for name in flatten()[0]]
+    if tensor.layout in _PARTS:
+        return [getattr(tensor, name)() for name in _PARTS[tensor.layout]]
+    if tensor.device.type == "meta" or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return []
+    if tensor.is_nested:
+        return [tensor.values()]
+    return [tensor.to_dense()] if tensor.layout is not torch.strided else []
+
+
 # ---- version counters --------------------------------------------------------------------------------------
 # There is no public way to put a counter back, which the probe for shared counters needs.
 
@@ -195,6 +226,19 @@ def behind(tensor: torch.Tensor) -> torch.Tensor:
     while _is_wrapped(tensor) and is_wrapper(tensor):
         tensor = _transforms.get_unwrapped(tensor)
     return tensor
+
+
+def can_be_replaced(tensor: torch.Tensor) -> bool:
+    """Whether other memory in the same wrappers (see :func:`wrapped_like`) can stand for what autograd saved.
+
+    Autograd gives what it unpacks the history of the save, but on one level of torch.func only; and a wrapper of a
+    transform that is over cannot be made again, which matters where vmap goes on inside it.
+    """
+    levels = list(levels_of(tensor))
+    if any(level.requires_grad or _is_grad_wrapper(level) for level in levels[1:]):
+        return False
+    is_over = len(levels) > 1 and _transforms.maybe_get_level(tensor) < 0
+    return not (is_over and any(_is_batch_wrapper(level) for level in levels[1:]))
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -533,6 +577,20 @@ def schemas_of(name: str) -> list[Any]:
     return list(find(f"aten::{name}")) if find is not None else []
 
 
+def current_backward() -> int:
+    """Identity of the backward pass that runs in this thread; -1 where none does."""
+    return int(getattr(_C, "_current_graph_task_id", lambda: -1)())
+
+
+def when_backward_ends(callback: Callable[[], None]) -> bool:
+    """Have something called when the backward pass that runs now has ended; False where this torch cannot."""
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if engine is None or current_backward() < 0:
+        return False
+    engine.queue_callback(callback)
+    return True
+
+
 def reading_node() -> str | None:
     """Name of the node that backward runs in this thread right now."""
     current = getattr(_C, "_current_autograd_node", lambda: None)()
@@ -544,7 +602,8 @@ _RUNNING_STATISTICS = ("_saved_running_mean", "_saved_running_var")
 
 
 def unused_by_reader() -> Iterator[Callable[[], Any]]:
-    """Reads, for each tensor that the node which backward runs now has saved, takes out and does not use.
+    """Reads, for each tensor that the node which backward runs now has saved, takes out and does not use, or that was
+    saved before it was filled.
 
     In training mode the backward of batch normalisation stands on the statistics of the batch; the running ones are
     saved for evaluation mode alone, and taken out in both.
@@ -552,6 +611,8 @@ def unused_by_reader() -> Iterator[Callable[[], Any]]:
     node = getattr(_C, "_current_autograd_node", lambda: None)()
     if node is None:
         return
+    if type(node).__name__.startswith("RreluWithNoiseBackward") and hasattr(type(node), "_saved_noise"):
+        yield partial(getattr, node, "_saved_noise")  # saved while it is still empty, and drawn then
     training = getattr(node, "_saved_training", getattr(node, "_saved_train", None))
     if training or type(node).__name__.startswith("BatchNormWithUpdateBackward"):
         for name in _RUNNING_STATISTICS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ Kind = Literal[
     "stashed",
     "wrapped",
     "recompute",
+    "tracked",
+    "invisible",
     "refused",
 ]
 
@@ -39,6 +42,7 @@ _CANNOT_SEE = """\
 autograd cannot see this write: it does not move the version counter of the saved tensor.
 If backward reads the saved tensor, the gradient is wrong. Without torchguard, backward() would
 finish with wrong gradients and no error."""
+_IF_READ = re.compile("If backward reads (the saved tensor|it), the gradient is wrong")
 _ON_A_COPY = (
     "do it after backward(), or on {name}.data.clone(); to have autograd check it, use {name}.detach() under "
     "torch.no_grad()"
@@ -91,14 +95,14 @@ gradients and no error.""",
         seen=False,
     ),
     "stashed": _Wording(
-        "{write}, which torch.compile does not check for,",
+        "{write}, which nothing checks for,",
         """\
 A Function stashed this tensor on its ctx instead of giving it to save_for_backward, and so does
-the compiled one: its version is never looked at. Without torchguard, backward() would finish
-with wrong gradients and no error.""",
+what torch.compile makes of it: its version is never looked at. Without torchguard, backward()
+would finish with wrong gradients and no error.""",
         "do it after backward(); to have autograd check it, use ctx.save_for_backward() in the Function",
         seen=False,
-        unknown_writer="between the compiled forward and its backward",
+        unknown_writer="between the Function's forward and its backward",
     ),
     "wrapped": _Wording(
         "{write} to what a tensor subclass wraps",
@@ -120,6 +124,24 @@ versions. Without torchguard, backward() would finish with wrong gradients and n
         unknown_writer="between forward and backward, by code that is not patched: out=, torch.ops, NumPy or C++",
         verb="has changed a tensor that a checkpoint reads again in backward",
     ),
+    "invisible": _Wording(
+        "a write that no Python sees",
+        """\
+The bytes of the saved tensor are not what they were, and no call that writes was seen. Without
+torchguard, backward() would finish with wrong gradients and no error.""",
+        "write after backward(), or to a clone(); a custom operator must name what it writes to in mutates_args",
+        seen=False,
+        verb="has corrupted a tensor saved for backward",
+        unknown_writer="between save and read: a kernel or C++ code through data_ptr(), a custom operator, a process",
+    ),
+    "tracked": _Wording(
+        "{write}, at which PyTorch would refuse to go on,",
+        """\
+The version counter of the saved tensor moved: PyTorch refuses to use it, as modified by an inplace
+operation.""",
+        "do it after backward(), or on a clone()",
+        seen=False,
+    ),
     "refused": _Wording(
         "{write} through {alias}",
         """\
@@ -133,6 +155,10 @@ whole storage: a write to another part of it moves them, too.""",
         verb="moved the version of a tensor saved for backward",
     ),
 }
+
+_REPAIRED = """\
+Backward is given the bytes that were saved, so that the gradient is right. Without torchguard.repair()
+it would be wrong, with no error, or PyTorch would refuse to compute it."""
 
 _RESET = "\x1b[0m"
 _COLOURS = {"headline": "\x1b[1;31m", "label": "\x1b[1m", "place": "\x1b[36m", "fix": "\x1b[32m"}
@@ -174,13 +200,17 @@ class Violation:
             process), ``"unchecked"`` (a write that moves the version, where the program's save hooks switch
             PyTorch's check off), ``"stashed"`` (any write, tracked or not, to what PyTorch reads without a look
             at its version), ``"wrapped"`` (a write to a tensor inside a subclass that wraps others, a DTensor say,
-            which does not move the version of the wrapper) or ``"recompute"`` (any write to what a checkpoint reads
-            again).
+            which does not move the version of the wrapper), ``"recompute"`` (any write to what a checkpoint reads
+            again), ``"tracked"`` (a write that PyTorch sees and would refuse; only where it is repaired) or
+            ``"invisible"`` (one that only the bytes gave away, where those of every save are kept).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.
         written: where the write is; for an unseen write, where backward read the save.
         read: where backward read the save, if the violation was found then.
+        largest_difference: by how much the elements differ at most from what was saved (for complex ones the distance;
+            NaN where one of two differing elements is), if both were compared; else None.
+        repaired: whether backward was given the bytes that were saved (``repair()``). ``times`` then counts the saves.
         saved_by: the operation that saved the tensor, ``"sigmoid"`` say; ``""`` where it cannot be known.
         dtype: element type of the save, ``"float32"`` say.
         shape: shape of the save.
@@ -212,6 +242,8 @@ class Violation:
     times: int = 1
     read: Place | None = None
     step: int | None = None
+    largest_difference: float | None = None
+    repaired: bool = False
     refusal: str = ""
 
     @property
@@ -267,7 +299,8 @@ class Violation:
             lines.append(f"  {paint(f'{label:<9}', 'label')} {body}{'     ' + note if note else ''}")
         if self.step is not None:
             lines.append(f"  {paint('step     ', 'label')} {self.step}")
-        lines += ["", *(f"  {line}" for line in self._explanation()), *self._ways_out(paint)]
+        explanation = _REPAIRED.splitlines() if self.repaired else self._explanation()
+        lines += ["", *(f"  {line}" for line in explanation), *self._ways_out(paint)]
         if self.refusal:
             lines += ["", self.refusal]
         return "\n".join(lines)
@@ -276,8 +309,11 @@ class Violation:
         wording = _WORDINGS[self.kind]
         headline = "{write}" if self.kind == "refused" and self.aliased is None else wording.headline
         what = headline.format(write=self.operation or "a write", alias=self._alias())
-        corrupts = "would corrupt" if self.caught == "write" else "may have corrupted"
-        return f"{what} {wording.verb or corrupts + ' a tensor saved for backward'}"
+        corrupts = "has corrupted" if self.largest_difference is not None else "may have corrupted"
+        if self.caught == "write":
+            corrupts = "would corrupt"
+        healed = ": backward is given what was saved" if self.repaired else ""
+        return f"{what} {wording.verb or corrupts + ' a tensor saved for backward'}{healed}"
 
     def _alias(self) -> str:
         """``.data``, unless the line that took the alias did it otherwise."""
@@ -290,14 +326,16 @@ class Violation:
         shape = ", ".join(map(str, self.shape))
         saved = f"{self.dtype}[{shape}] on {self.device}" + (f", by {self.saved_by}" if self.saved_by else "")
         changed = f"{self.elements} of {self.of} elements"
+        if self.largest_difference is not None:
+            changed += f", by up to {self.largest_difference:.3g}"
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
         if _WORDINGS[self.kind].by_alias and not (self.kind == "refused" and self.aliased is None):
             places.append(("aliased", self.aliased, ""))
         if self._writer_unknown:
             places.append(("written", None, ""))
-            bound = (
-                "up to " if self.kind in ("unseen", "recompute", "stashed", "wrapped", "refused") else ""
-            )  # the whole save, for all the guard knows
+            # Not compared, it is the whole save for all the guard knows.
+            bounded = self.kind in ("unseen", "recompute", "stashed", "wrapped", "refused")
+            bound = "up to " if bounded and self.largest_difference is None else ""
             places.append(("read", self.written, bound + changed))
         else:
             bound = "up to " if self.kind == "refused" else ""
@@ -320,7 +358,10 @@ class Violation:
         return "(no user code on the stack)"
 
     def _explanation(self) -> list[str]:
-        return _WORDINGS[self.kind].explanation.splitlines()
+        text = _WORDINGS[self.kind].explanation
+        if self.caught == "read":
+            text = _IF_READ.sub(r"Backward is about to read \1", text)
+        return text.splitlines()
 
     def _ways_out(self, paint: Any) -> list[str]:
         fix = _WORDINGS[self.kind].fix.format(name=self._aliased_name())

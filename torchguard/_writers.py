@@ -38,6 +38,11 @@ _METADATA_ONLY = frozenset(
     }
 )
 
+#: These methods change what a tensor is, and move its version all the same.
+RESHAPING = (
+    "as_strided_", "resize_", "resize_as_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_",
+)  # fmt: skip
+
 #: These draw random numbers and do not carry torch's tag for it.
 _DRAW = frozenset(
     {

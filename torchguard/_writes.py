@@ -214,7 +214,7 @@ def look(
         storage = _memory.storage_of(target)
         if not storage:
             continue
-        saves = saves_near(target, storage, touched=True)
+        saves = saves_near(target, storage, touched=_policy.repairer() is None)
         if not saves and not LEDGER.any_in_storage(storage):
             continue  # an alias's counter matters to live saves only
         if storage in ALIASES.by_storage or storage in ALIASES.young:
@@ -225,6 +225,7 @@ def look(
             note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
         saves = [save for save in saves if not isinstance(save, Reread)]
         counted = not inside and writer.counts(target, args, kwargs)
+        repairs = _policy.repairer() is not None
         lent = counted and ALIASES.lent(target, storage) and not _policy.is_watch(_policy.innermost())
         preserved = bool(preserving) and any(storage in storages for storages in preserving.values())
         for save in saves:
@@ -233,6 +234,9 @@ def look(
             elif lent and save.checked and not save.moved:
                 seen.append(_Spared(save))
             if not _may_write_to(target, save):
+                if repairs and counted and save.checked and not save.moved and save.shares_counter(target):
+                    # Another part of it, but the version counts for all parts.
+                    save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
                 continue
             silent = save.stashed or lent or not (counted and save.shares_counter(target))
             if silent and save.certain:
@@ -244,6 +248,8 @@ def look(
             elif not save.checked:
                 kind: Kind = "unchecked" if not silent else ("write" if counted else "uncounted")
                 save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
+            elif repairs:
+                save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
     if hits:  # a call that also writes to the saved tensor itself (``_foreach_``) moves its version: PyTorch refuses it
         counting = [
             target
@@ -312,6 +318,12 @@ def _answer(
         hits.clear()
         return
     here = _places.user_instruction(frame)
+    if _policy.judge_at_read() is not None:
+        leave_to_the_read(writer, hits, here)
+        return
+    hits[:] = [hit for hit in hits if not hit.save.is_taken or hit.save.is_intact]
+    if not hits:
+        return
     rehearsal: Rehearsal | None = None
     with _torch.no_torch_function():
         refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
@@ -334,6 +346,19 @@ def _answer(
         for hit in hits:
             hit.save.accept()
         raise _Done(rehearsal)
+
+
+def leave_to_the_read(writer: Writer, hits: list[Hit], here: _places.Instruction) -> None:
+    """Have the bytes decide about all hits when backward reads."""
+    for hit in hits:
+        kind: Kind = "write"
+        if hit.save.stashed:
+            kind = "stashed"
+        elif not hit.counted and (writer.on_storage or hit.save.shares_counter(hit.target)):
+            kind = "uncounted"
+        alias = ALIASES.taken_at(hit.target, _memory.storage_of(hit.target))
+        hit.save.let_bytes_decide(kind, writer.title, here, alias)
+    hits.clear()
 
 
 def pronounce(writer: Writer, rehearsal: Rehearsal, hits: list[Hit], here: _places.Instruction) -> None:
@@ -453,20 +478,29 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     undecided: list[Save] = []
     rereads = rereads_of(tensor)
     frame = sys._getframe(1)
+    same = False
     if saves and isinstance(value, torch.Tensor) and _accepts(setter, tensor, value):
         COUNTS.writes += 1
         with SLOW_PATH:
-            error = None if _same(tensor, value) else _judge_rebinding(saves, undecided)
+            same = _same(tensor, value)
+            error = None if same else _judge_rebinding(saves, undecided)
         if error is not None:
             try:
                 raise error
             finally:
                 del error  # it refers to this frame
+    if not same and _policy.judge_at_read() is not None:
+        for save in LEDGER.in_storage(_memory.storage_of(tensor)):
+            if not save.certain and save.tensor is tensor:
+                save.let_bytes_decide("rebind", _REBINDING, _places.user_instruction(frame))
     ALIASES.forget(tensor)  # of the memory that it leaves
     note_write(rereads, _REBINDING)
     setter(tensor, value)
     for save in saves:  # what backward will read lies elsewhere now
-        save.accept()
+        if same and save.is_taken:
+            save.follow()
+        else:
+            save.accept()
     for save in undecided:
         save.follow()
     saves.clear()
@@ -477,6 +511,28 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
         here = _places.user_instruction(frame)
         for alias in (value, tensor):  # the same memory, two counters
             enter_alias(alias, here, _memory.version_of(alias))
+
+
+def reshapes(name: str) -> Callable[..., Any]:
+    """The route of a method that changes what a tensor is, and no memory: PyTorch refuses what is saved of it."""
+
+    def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(instance, torch.Tensor):
+            keep_before_reshaping(instance, name)
+        return wrapped(*args, **kwargs)
+
+    return route
+
+
+def keep_before_reshaping(tensor: torch.Tensor, name: str) -> None:
+    """Keep what is saved of a tensor that is about to be reshaped in place, if somebody repairs."""
+    if _policy.repairer() is None or not LEDGER.any_alive():
+        return
+    here = _places.user_instruction(sys._getframe(2))
+    with _torch.no_torch_function():
+        for save in LEDGER.in_storage(_memory.storage_of(tensor)):
+            if save.checked and not isinstance(save, Reread) and not save.moved and save.shares_counter(tensor):
+                save.let_bytes_decide("tracked", f"{name}()", here)
 
 
 def saves_of(tensor: torch.Tensor) -> list[Save]:
@@ -496,10 +552,13 @@ def _judge_rebinding(saves: list[Save], undecided: list[Save]) -> Exception | No
     if is_refill(frame):
         return None
     here = _places.user_instruction(frame)
-    trusted = _places.called_from(frame, _TRUSTED_FILES)
+    at_read = _policy.judge_at_read() is not None
+    trusted = at_read or _places.called_from(frame, _TRUSTED_FILES)
     try:
         for save in saves:
-            if trusted or save.stashed:
+            if save.is_taken and not at_read and not save.is_intact:
+                undecided.append(save)  # who wrote to it first answers for it
+            elif save.stashed or (trusted and not (at_read and save.moved)):
                 save.let_bytes_decide("rebind", _REBINDING, here)
                 undecided.append(save)
             elif not save.moved:
@@ -559,7 +618,7 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0
         record.arm(alias)
         reach = _memory.stretch_in_storage(alias) if LEDGER.is_crowded(storage) else None
         for save in LEDGER.in_storage(storage) if reach is None else LEDGER.near(storage, *reach):
-            save.keep_proof(PROOF_BYTES_AT_ALIAS)
+            save.keep_small_proof(PROOF_BYTES_AT_ALIAS)
 
 
 def detached_in_place(tensor: torch.Tensor) -> list[Save]:

@@ -20,9 +20,9 @@ from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorrupt
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Action = Literal["raise", "warn", "record"]
-
-_ACTIONS = ("raise", "warn", "record")
+Action = Literal["raise", "warn", "repair", "record"]
+Moment = Literal["write", "read"]
+Depth = Literal["watch", "saves", "bytes"]
 
 Suppressions = _suppressions.Suppressions | str | os.PathLike[str] | Iterable[str] | None
 
@@ -106,11 +106,16 @@ class Guard(_Block):
 
     Args:
         action: what happens at a violation: ``"raise"`` a :class:`SavedTensorCorruptionError`, ``"warn"`` a
-            :class:`SavedTensorCorruptionWarning` once a site, or just ``"record"`` it.
+            :class:`SavedTensorCorruptionWarning` once a site, ``"repair"`` it (backward is given the bytes that were
+            saved, with a warning once a site; an error where they are not at hand), or just ``"record"`` it.
         at: ``"write"``: judged when the write is about to happen, before memory changes. (What only the
-            alias's version counter gives away is judged when backward reads the save.)
-        depth: ``"saves"``: every tensor that autograd saves is known. ``"watch"``: none is, see :func:`watch`;
-            only with ``action="raise"`` and ``at="read"``.
+            alias's version counter gives away is judged when backward reads the save.) ``"read"``: the bytes decide,
+            when backward reads the save. A write that is undone, or whose save nobody reads, is none. Costs a copy of
+            each save that is written to, made before the first write. The default, but for ``"repair"``, which can
+            only be at the read.
+        depth: ``"saves"``: every tensor that autograd saves is known. ``"bytes"``: and a copy of it is kept, so that
+            backward notices what no Python sees. ``"watch"``: none is, see :func:`watch`; only with ``action="raise"``
+            and ``at="read"``.
         every_call: also see calls that no patch sees (``out=``, ``torch.ops``, functions bound before the
             guard), at the cost of about a microsecond for every torch call.
         suppressions: violations to live with: path of a file, or lines ``GLOB[:LINE|:FUNCTION] [KIND] -- REASON``.
@@ -120,27 +125,31 @@ class Guard(_Block):
             training loop sets it (``guard.step = i``); the trainers' callbacks do so themselves.
 
     Raises:
-        ValueError: for an action, a moment or a depth that does not exist, or a suppression that cannot be read.
+        ValueError: for an action, a moment or a depth that does not exist or a combination that makes no sense, or a
+            suppression that cannot be read.
     """
 
     def __init__(
         self,
         action: Action = "raise",
-        at: Literal["write", "read"] = "write",
-        depth: Literal["watch", "saves"] = "saves",
+        at: Moment | None = None,
+        depth: Depth = "saves",
         every_call: bool = False,
         suppressions: Suppressions = None,
     ) -> None:
-        _check("action", action, _ACTIONS)
-        _check("depth", depth, ("watch", "saves"))
+        _check("action", action, _config.ACTIONS)
+        _check("depth", depth, _config.DEPTHS)
         if not isinstance(every_call, bool):
             raise TypeError(f"torchguard: every_call is True or False, not {every_call!r}")
         if depth == "watch":
-            _check_watch(action, at, every_call)
-        else:
+            _check_watch(action, at or "write", every_call)
+        elif at is not None:
             _check("at", at, _config.MOMENTS)
+        senseless = _config.senseless(action, at, depth)
+        if senseless is not None:
+            raise ValueError(f"torchguard: {senseless}")
         self.action: Action = action
-        self.at = at
+        self.at: Moment = at or ("read" if action == "repair" else "write")
         self.depth = depth
         self.every_call = every_call
         self.suppressions, problems = _suppressions.read(suppressions, "suppressions")
@@ -158,6 +167,7 @@ class Guard(_Block):
         self._state: Literal["new", "entered", "left"] = "new"
         self._pairs: list[tuple[Any, int]] = []
         self._sees_every_call = False
+        self._patches: list[Any] = []
         self._thread = 0
 
     def __repr__(self) -> str:
@@ -166,6 +176,7 @@ class Guard(_Block):
     def _fresh(self) -> Guard:
         guard = Guard(self.action, self.at, self.depth, self.every_call, self.suppressions)
         guard.findings = self.findings  # what the calls of a decorated function find, the decorator knows
+        guard.findings.sum_up_at_exit = self.action == "repair"
         guard.step = self.step
         guard.tally = self.tally
         return guard
@@ -205,7 +216,11 @@ class Guard(_Block):
             if everywhere:
                 self.cover_this_thread()
             else:
-                self._pairs.append((_hooks.push(), self._thread))
+                self._pairs.append((_hooks.push(self.audits), self._thread))
+            for needed, patch in ((self.audits, _intercept.STASHES), (self.repairs, _intercept.POINTERS)):
+                if needed:
+                    patch.begin()
+                    self._patches.append(patch)
             if self.every_call:
                 _intercept.see_every_call()
                 self._sees_every_call = True
@@ -224,7 +239,7 @@ class Guard(_Block):
         """Watch what this thread saves, from now on. (Called by torchguard.)"""
         if self.depth == "watch":
             return
-        self._pairs.append((_hooks.push(), threading.get_ident()))
+        self._pairs.append((_hooks.push(self.audits), threading.get_ident()))
 
     def leave(self) -> None:
         """Leave, as at the end of the block."""
@@ -242,7 +257,10 @@ class Guard(_Block):
             self._leave()
 
     def _leave(self) -> None:
+        everywhere = self in _policy.process_wide  # whoever switched it on sums up
         with ExitStack() as steps:  # the last one first, and each whatever becomes of the others
+            if not everywhere:
+                steps.callback(self.findings.sum_up)
             steps.callback(self.tally.end)
             steps.callback(_intercept.uninstall)
             steps.callback(_policy.leave, self)
@@ -252,6 +270,9 @@ class Guard(_Block):
                 else:
                     steps.callback(_hooks.abandon, pair, thread)
             self._pairs.clear()
+            for patch in self._patches:
+                steps.callback(patch.end)
+            self._patches.clear()
             if self._sees_every_call and self._thread == threading.get_ident():
                 self._sees_every_call = False
                 steps.callback(_intercept.see_patched_calls)
@@ -280,6 +301,27 @@ class Guard(_Block):
 
     # ---- what the policy calls
 
+    @property
+    def judges_at_read(self) -> bool:
+        """Whether the bytes decide when backward reads. (Asked by torchguard.)"""
+        return self.at == "read" and self.depth != "watch"
+
+    @property
+    def repairs(self) -> bool:
+        """Whether backward is given what was saved. (Asked by torchguard.)"""
+        return self.action == "repair"
+
+    @property
+    def audits(self) -> bool:
+        """Whether the bytes of every save are kept. (Asked by torchguard.)"""
+        return self.depth == "bytes"
+
+    def heal(self, violation: Violation) -> bool:
+        """Answer a violation that is repaired, unless it is one to live with. (Called by torchguard.)"""
+        suppressed = self.suppressions.reason_for(violation) is not None
+        self.respond(replace(violation, repaired=not suppressed))
+        return not suppressed
+
     def respond(self, violation: Violation) -> None:
         """Raise, warn or record. (Called by torchguard.)"""
         reason = self.suppressions.reason_for(violation)
@@ -291,9 +333,9 @@ class Guard(_Block):
             self.listener(violation, new)
         if reason is not None:
             return
-        if self.action == "raise":
+        if self.action == "raise" or (self.action == "repair" and not violation.repaired):
             raise SavedTensorCorruptionError(violation)
-        if self.action == "warn" and new and (self.max_reports is None or self._warned < self.max_reports):
+        if self.action != "record" and new and (self.max_reports is None or self._warned < self.max_reports):
             self._warned += 1
             place = violation.written
             warnings.warn_explicit(
@@ -339,7 +381,7 @@ def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"torchguard: {name} is one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
-def strict(*, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+def strict(*, at: Moment | None = None, every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Raise :class:`SavedTensorCorruptionError` at the line that corrupts, before any memory changes.
 
     Args:
@@ -350,7 +392,7 @@ def strict(*, at: Literal["write"] = "write", every_call: bool = False, suppress
     return Guard("raise", at, every_call=every_call, suppressions=suppressions)
 
 
-def warn(*, at: Literal["write"] = "write", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+def warn(*, at: Moment | None = None, every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Warn with :class:`SavedTensorCorruptionWarning`, once a site; results are those of the unguarded
     program.
 
@@ -360,6 +402,37 @@ def warn(*, at: Literal["write"] = "write", every_call: bool = False, suppressio
         suppressions: see :class:`Guard`.
     """
     return Guard("warn", at, every_call=every_call, suppressions=suppressions)
+
+
+def repair(*, at: Moment | None = None, every_call: bool = True, suppressions: Suppressions = None) -> Guard:
+    """Hand backward the bytes that were saved, whatever was written since; warn, once a site, of what was repaired.
+
+    Writes that PyTorch sees, and would refuse, are repaired as well. What cannot be (a raw pointer, what a checkpoint
+    reads again) raises :class:`SavedTensorCorruptionError`. Leaving it prints one line that says what was repaired.
+
+    Args:
+        at: only ``"read"``, the default.
+        every_call: see :class:`Guard`. Without it, what only such a call writes (``out=``, ``torch.ops``) is refused by
+            PyTorch or raises, where it cannot be repaired.
+        suppressions: see :class:`Guard`; what they speak of is not repaired.
+    """
+    return Guard("repair", at, every_call=every_call, suppressions=suppressions)
+
+
+def audit(*, at: Moment | None = None, every_call: bool = False, suppressions: Suppressions = None) -> Guard:
+    """:func:`strict`, and the bytes of every save are kept and compared when backward reads it.
+
+    So writes are noticed that no Python sees: those of Triton, C++ and ctypes code through ``data_ptr()``, of custom
+    operators that do not say what they write to, of other processes, and those to tensors that a Function stashed as
+    ``ctx.x = x``. Takes the memory of everything that is saved once more. On a GPU the comparisons are asked for once,
+    when backward ends; while a CUDA graph is captured nothing is copied or compared.
+
+    Args:
+        at: see :class:`Guard`.
+        every_call: see :class:`Guard`.
+        suppressions: see :class:`Guard`.
+    """
+    return Guard("raise", at, "bytes", every_call, suppressions)
 
 
 def watch(*, at: Literal["read"] = "read", every_call: bool = False, suppressions: Suppressions = None) -> Guard:

@@ -636,7 +636,7 @@ def branch_that_backward_does_not_take(run: Run) -> Any:
     return [w.grad]
 
 
-@program(route=".data", kind="unread")
+@program(route=".data", kind="unread", read_in_vain=True)
 def gradient_that_is_not_asked_for(run: Run) -> Any:
     w, h = run.leaf(), run.leaf()
     out = h * w
@@ -644,7 +644,7 @@ def gradient_that_is_not_asked_for(run: Run) -> Any:
     return [torch.autograd.grad(out.sum(), h)]
 
 
-@program(route=".data", kind="unread")
+@program(route=".data", kind="unread", read_in_vain=True)
 def write_that_a_zero_gradient_hides(run: Run) -> Any:
     w, h = run.leaf(), run.leaf()
     out = h * w * 0.0

@@ -118,7 +118,7 @@ if HAS_COMPILER:
     _programs(LOST, "inductor")
 
 add(
-    lambda run: _between(run, saves_its_output, "aot_eager", lambda x, h, out: out.mul_(2), "before"),
+    lambda run: _between(run, saves_its_output, "aot_eager", lambda x, h, out: out.detach().mul_(2), "before"),
     name="compiled_aot_eager_output_tracked",
     route=ROUTE,
     kind="refused",

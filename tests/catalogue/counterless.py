@@ -605,7 +605,7 @@ def saved_in_the_block_after_the_write(run: Run) -> Any:
     return [w.grad]
 
 
-@program(route=PRESERVED, kind="refused")
+@program(route=PRESERVED, kind="refused", repairable=False)
 def written_and_saved_in_the_block(run: Run) -> Any:
     """The save's version is one that the counter loses: PyTorch refuses it."""
     w, h = run.leaf(), run.leaf(requires_grad=False)

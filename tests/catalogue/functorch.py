@@ -81,6 +81,9 @@ REVERSE: dict[str, Callable[[Function], Any]] = {
     "inside_no_grad": _inside_no_grad,
 }
 
+#: Those under which what is saved has a history, or is batched, beyond the level that saved it: it cannot be replaced.
+NESTED = ("hessian", "grad_of_grad", "vmap_of_jacrev", "jacrev_of_jacrev", "jvp_of_grad", "outer_backward")
+
 WRITES: dict[str, Write] = {
     "mul_": lambda c: c.mul_(2),
     "slice": lambda c: c[1:].zero_(),
@@ -173,6 +176,7 @@ def _programs(where: str, how: str, write: Write, several: bool, **declared: Any
             route=ROUTE,
             kind="corrupting",
             hooks=False,
+            repairable=where not in NESTED,
             **declared,
         )
     for twin in (_on_a_clone, _on_another_part, _before_the_save):
@@ -367,7 +371,13 @@ for _where, _transform in REVERSE.items():
 
         return transform(function)
 
-    @program(name=f"func_{_where}_of_a_tracked_write", route=ROUTE, kind="refused", hooks=False)
+    @program(
+        name=f"func_{_where}_of_a_tracked_write",
+        route=ROUTE,
+        kind="refused",
+        hooks=False,
+        repairable=_where not in NESTED,
+    )
     def tracked(run: Run, transform: Any = _transform) -> Any:
         def function(t: torch.Tensor) -> torch.Tensor:
             y = t.exp()

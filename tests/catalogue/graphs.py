@@ -788,7 +788,7 @@ def foreach_on_tracked_tensors(run: Run) -> Any:
     return [w.grad]
 
 
-@program(route=_REFUSED, kind="refused")
+@program(route=_REFUSED, kind="refused", repairable=False)
 def increment_of_the_version(run: Run) -> Any:
     w, h = run.leaf(), run.leaf(requires_grad=False)
     out = h * w

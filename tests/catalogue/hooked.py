@@ -493,6 +493,7 @@ add(
     _body_that_writes(then_saves=True),
     name="checkpoint_repeats_a_write_of_its_body",
     route=_ROUTE,
+    repairable=False,
     kind="corrupting",
     caught="read",
     every_call="read",

@@ -666,6 +666,7 @@ def _arguments() -> None:
             name=f"{name}_tracked",
             route=ROUTE,
             kind="refused",
+            repairable=True,
         )
         if kind_name != "nested_reentrant":
             add(
@@ -673,6 +674,7 @@ def _arguments() -> None:
                 name=f"{name}_silent",
                 route=ROUTE,
                 kind="corrupting",
+                repairable=True,
             )
             add(argument_after, name=f"{name}_after", route=ROUTE, kind="innocent", twin_of=f"{name}_silent")
 
