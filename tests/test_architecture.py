@@ -61,8 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
     "_progress": {"guard"},
     "_reads": {
-        "_aliases", "_audit", "_counts", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads", "_saves",
-        "_torch", "_verdict", "_violation",
+        "_aliases", "_audit", "_counts", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads",
+        "_saves", "_torch", "_verdict", "_violation",
     },
     "_recompute": {
         "_memory", "_places", "_policy", "_replay", "_rereads", "_torch", "_verdict", "_violation", "_writers",
