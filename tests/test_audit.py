@@ -404,3 +404,33 @@ def test_a_compiled_function_with_a_stash() -> None:
         compiled(x).sum().backward()
     assert guard.violations == []
     torch._dynamo.reset()
+
+
+class _Stashes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        ctx.y = y
+        return x * y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0] * ctx.y, None
+
+
+@pytest.mark.parametrize("stashed", [False, True], ids=["raw_pointer", "stash"])
+def test_what_is_written_in_an_allow_block_is_allowed_and_what_came_before_is_not(stashed: bool) -> None:
+    def program(before: bool) -> torchguard.Guard:
+        x, y = torch.ones(3, requires_grad=True), torch.tensor([4.0, 5.0, 6.0])
+        with torchguard.audit() as guard:
+            out = _Stashes.apply(x, y) if stashed else x * y
+            if before:
+                poke(y)
+            with torchguard.allow("a test"):
+                y.zero_() if stashed else ctypes.memset(y.data_ptr(), 0, 12)
+            out.sum().backward()
+        return guard
+
+    guard = program(before=False)
+    assert (guard.violations, [violation.allowed for violation in guard.allowed]) == ([], ["a test"])
+    with pytest.raises(SavedTensorCorruptionError):
+        program(before=True)

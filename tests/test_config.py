@@ -177,6 +177,14 @@ def test_every_combination_makes_a_guard_or_is_refused(action: Any, at: Any, dep
     assert guard.at == (at or ("read" if action == "repair" else "write"))
 
 
+def test_watch_sees_no_call_and_says_so_in_one_line() -> None:
+    config, problems = of_environment(TORCHGUARD="watch", TORCHGUARD_OPTIONS="every_call=1")
+    assert (config.mode, bool(config.every_call)) == ("watch", False)
+    assert problems == ["TORCHGUARD_OPTIONS: every_call='1': no call is seen: with watch, every_call is False; ignored"]
+    with pytest.raises(ValueError, match=r"^torchguard: .*no call is seen"):
+        torchguard.enable("watch", every_call=True)
+
+
 @pytest.mark.parametrize("mode", ["repair", "watch", "audit"])
 def test_a_mode_that_is_not_there_yet_is_one_clear_line(mode: str) -> None:
     if mode in _config.MODES:

@@ -634,3 +634,14 @@ def test_one_site_is_one_site_wherever_backward_reads_it(repository: Path) -> No
 
 def test_reports_are_in_the_package() -> None:
     assert (Path(torchguard.__file__).parent / "_report" / "page.html").is_file()
+
+
+def test_every_kind_of_violation_has_a_rule() -> None:
+    from typing import get_args
+
+    from torchguard import _violation
+    from torchguard._report import _sarif
+
+    assert set(_sarif._RULES) == set(get_args(_violation.Kind)) == set(_violation._WORDINGS)
+    identities = [identity for identity, _ in _sarif._RULES.values()]
+    assert len(identities) == len(set(identities))

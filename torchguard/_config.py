@@ -30,8 +30,10 @@ MOMENTS: tuple[str, ...] = ("write", "read")
 DEPTHS: tuple[str, ...] = ("watch", "saves", "bytes")
 
 
-def senseless(action: str, at: str | None, depth: str) -> str | None:
+def senseless(action: str, at: str | None, depth: str, every_call: bool | None = False) -> str | None:
     """What is wrong with a combination, and what would be right; None where nothing is."""
+    if depth == "watch" and every_call:
+        return "no call is seen: with watch, every_call is False"
     if depth == "watch" and at == "write":
         return "PyTorch compares versions when backward reads: with watch, at is 'read', not 'write'"
     if action == "repair" and at == "write":
@@ -133,18 +135,20 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
                 problems.append(f"{name}={value!r} {bad}; {'not switched on' if option == 'mode' else 'ignored'}")
     if "mode" not in chosen:
         chosen["mode"] = default if default != "off" or not turned_on else "strict"
-    wrong = _senseless_in(Config(**chosen))
-    if wrong is not None:
-        del chosen["at"]
-        problems.append(f"{written_in['at']}: {wrong}; ignored")
+    for option in ("at", "every_call"):
+        wrong = _senseless_in(Config(**chosen), option) if option in chosen else None
+        if wrong is not None:
+            del chosen[option]
+            problems.append(f"{written_in[option]}: {wrong}; ignored")
     return Config(**chosen), problems
 
 
-def _senseless_in(config: Config) -> str | None:
-    if config.mode == "off" or config.at is None:
+def _senseless_in(config: Config, option: str) -> str | None:
+    if config.mode == "off":
         return None
     keywords = config.guard_keywords()
-    return senseless(keywords["action"], config.at, keywords.get("depth", "saves"))
+    at, every_call = (config.at, False) if option == "at" else (None, config.every_call)
+    return senseless(keywords["action"], at, keywords.get("depth", "saves"), every_call)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

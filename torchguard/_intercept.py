@@ -126,10 +126,25 @@ def _route_method(function: Any) -> RoutedMethod:
     groups = LEDGER.groups
     foreign = LEDGER.foreign
     is_wrapper = _torch.is_wrapper
+    grad_enabled = torch.is_grad_enabled
+
+    def reads_itself(args: tuple[Any, ...]) -> bool:
+        instance = args[0]
+        try:
+            return type(instance) in plain and any(
+                type(other) in plain and other is not instance and storage_id(other) == storage_id(instance)
+                for other in args[1:]
+            )
+        except _memory.NO_MEMORY:
+            return False
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if pending or filing:
             file()
+        if len(args) > 1 and grad_enabled() and reads_itself(args):  # it may save what it then writes over
+            if state.every_call and mode_active():
+                return function(*args, **kwargs)
+            return judge(function, (), args, kwargs)
         if not groups:
             return function(*args, **kwargs)
         instance: Any = args[0] if args else None
@@ -154,9 +169,10 @@ def _route_function(function: Any) -> Callable[..., Any]:
     state = _policy.state
     mode_active = _torch.function_mode_active
     any_alive = LEDGER.any_alive
+    grad_enabled = torch.is_grad_enabled
 
     def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not any_alive() or (state.every_call and mode_active()):
+        if not (any_alive() or grad_enabled()) or (state.every_call and mode_active()):
             return wrapped(*args, **kwargs)
         return judge(function, (), args, kwargs)
 

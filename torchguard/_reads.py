@@ -257,14 +257,26 @@ def _look_at_exports(leaving: bool) -> None:
     """
     EXPORTS.settle_dead()
     inside = leaving or bool(_policy.state.reasons)
-    for save in list(EXPORTS.saves()):
+    exported = list(EXPORTS.saves())
+    # What no Python sees, and what nothing checks, can be told from what came before the block by its bytes alone.
+    kept = [save for save in LEDGER.all_alive() if _is_kept_anyway(save)]
+    for save in {id(save): save for save in [*exported, *kept]}.values():
         remarks = save.remark()
-        if remarks.spoilt or remarks.proof is None or save.moved or save.is_proven:
+        if remarks.spoilt or (save.moved and not remarks.stashed) or save.is_intact:
             continue
-        if inside:
+        if remarks.proof is None and remarks.contents is None:
+            continue
+        if inside and remarks.stashed:
+            examine_stashed(save)
+        elif inside:
             _examine(save)
         else:
             remarks.spoilt = True
+
+
+def _is_kept_anyway(save: Save) -> bool:
+    remarks = save.remarks
+    return remarks is not None and save.checked and (remarks.stashed or (remarks.audited and remarks.writer is None))
 
 
 def leave_to(guard: _policy.Respondent) -> None:

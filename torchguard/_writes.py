@@ -96,6 +96,13 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     Raises:
         SavedTensorCorruptionError: by the innermost guard, before any memory has changed.
     """
+    own = _reads_what_it_writes(writer, args, kwargs) if torch.is_grad_enabled() else ()
+    if own:
+        return _carry_out_on_its_own(writer, call, args, kwargs, own)
+    return _carry_out(writer, call, args, kwargs)
+
+
+def _carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if not LEDGER.any_alive():
         return call(*args, **kwargs)
     COUNTS.writes += 1
@@ -144,6 +151,68 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
             save.expect_version()
         hits.clear()
         seen.clear()
+
+
+def _reads_what_it_writes(
+    writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where a call may save an alias of what it writes to (``h.mul_(h.data)``): the alias, and the target."""
+    if writer.collective or writer.keeps_statistics:
+        return []
+    with _torch.no_torch_function():
+        given = list(all_tensors([*args, *kwargs.values()]))
+        if len(given) < 2 or not any(tensor.requires_grad for tensor in given):
+            return []
+        targets = [target for target in writer.targets(args, kwargs) if type(target) in _memory.PLAIN_TYPES]
+        tracked = _policy.repairer() is not None  # those are PyTorch's to refuse otherwise
+        found = []
+        for target in targets:
+            storage = _memory.storage_of(target)
+            span = _memory.span_of(target) if storage else None
+            if span is None:
+                continue
+            for position, tensor in enumerate(given):
+                same = tensor is target
+                if _memory.storage_of(tensor) != storage or (same and (not tracked or position == 0)):
+                    continue
+                here = _memory.span_of(tensor)
+                if here is not None and overlaps(span, here) is not False:
+                    found.append((tensor, target))
+    return found
+
+
+def _carry_out_on_its_own(
+    writer: Writer,
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    own: list[tuple[torch.Tensor, torch.Tensor]],
+) -> Any:
+    """Make a call that saves what it then writes over: the saved bytes are known now, and decide at the read."""
+    with _torch.hidden():
+        kept = [
+            (_memory.span_of(tensor), tensor.dtype, tensor.detach().clone(), target, _memory.storage_of(tensor))
+            for tensor, target in own
+        ]
+    storages = {storage for *_, storage in kept}
+    before = {id(save) for storage in storages for save in LEDGER.in_storage(storage)}
+    result = _carry_out(writer, call, args, kwargs)
+    if _policy.state.reasons:
+        return result
+    here = _places.user_instruction(sys._getframe(2))
+    with _torch.no_torch_function():
+        for storage in storages:
+            for save in LEDGER.in_storage(storage):
+                if id(save) in before or isinstance(save, Reread):
+                    continue
+                span = _memory.span_of(save.tensor)
+                for known, dtype, copy, target, _ in kept:
+                    if known == span and dtype == save.tensor.dtype and not _memory.same_bytes(save.tensor, copy):
+                        aliased = ALIASES.taken_at(target, storage)
+                        save.remark().proof = copy
+                        save.let_bytes_decide("tracked" if save.moved else "write", writer.title, here, aliased)
+                        break
+    return result
 
 
 def _note_thread() -> None:
