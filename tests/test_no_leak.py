@@ -283,7 +283,7 @@ def test_the_proof_that_is_kept_goes_with_its_save() -> None:
             y.sum().backward()
         del y
         gc.collect()
-        assert tensors() - tracked < 30  # dead aliases are swept when their number may have doubled
+        assert tensors() - tracked < 45  # of 50; dead aliases are swept when their number may have doubled
 
 
 # ---- and nothing that matters is forgotten -----------------------------------------------------------------

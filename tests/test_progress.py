@@ -224,6 +224,7 @@ def test_what_goes_wrong_is_told_once_and_hurts_nobody(monkeypatch: pytest.Monke
         progress = _progress.Progress(guard, 0.001, say)
         assert told.wait(60)
         progress.end()
+        monkeypatch.undo()
     assert said == ["no more progress: AttributeError: 'NoneType' object has no attribute 'violations'"]
 
 

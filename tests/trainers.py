@@ -49,6 +49,12 @@ class Meddler(nn.Module):
             self.late = None
 
 
+with contextlib.suppress(ImportError):  # its thread would outlive the test, and be told as one that no guard watches
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0
+
+
 def is_guarded() -> bool:
     """Whether this thread is under a guard, patches and all."""
     patched = _intercept._installed > 0 or bool(_watch.watching)

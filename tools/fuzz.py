@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -51,8 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--programs", type=int, default=None, help="stop after so many programs")
     parser.add_argument("--lines", type=int, default=14, help="how long a program may get (default 14 lines)")
     parser.add_argument("--keep", type=Path, default=None, help="write each failure there, as a script")
+    parser.add_argument("--all-modes", action="store_true", help='under at="read" and repair(), too')
     parser.add_argument("--worker", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.all_modes:
+        os.environ["TORCHGUARD_FUZZ_ALL_MODES"] = "1"  # for the processes that are started
     if options.worker is not None:
         first, last = options.worker
         work(first, last, options.lines, options.minutes)

@@ -326,7 +326,7 @@ class Violation:
         shape = ", ".join(map(str, self.shape))
         saved = f"{self.dtype}[{shape}] on {self.device}" + (f", by {self.saved_by}" if self.saved_by else "")
         changed = f"{self.elements} of {self.of} elements"
-        if self.largest_difference is not None:
+        if isinstance(self.largest_difference, (int, float)):  # a report from a file may hold anything
             changed += f", by up to {self.largest_difference:.3g}"
         places: list[tuple[str, Place | None, str]] = [("saved", self.saved, saved)]
         if _WORDINGS[self.kind].by_alias and not (self.kind == "refused" and self.aliased is None):

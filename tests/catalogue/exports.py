@@ -746,7 +746,7 @@ def _in_a_checkpoint(given_out: str, reentrant: bool, times: int) -> None:
         return [w.grad]
 
     how = "reentrant" if reentrant else "non_reentrant"
-    _elsewhere(f"{given_out}_in_a_{how}_checkpoint_{times}", body, "corrupting")
+    _elsewhere(f"{given_out}_in_a_{how}_checkpoint_{times}", body, "corrupting", repairable=False)
 
 
 for _given in GIVEN_OUT:

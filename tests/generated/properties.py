@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,19 +88,19 @@ def known(program: Program) -> Known:
 
 Make = Callable[[], torchguard.Guard]
 
+#: The variable by which ``tools/fuzz.py`` tells the processes that it starts.
+ALL_MODES = "TORCHGUARD_FUZZ_ALL_MODES"
+
 MODES: dict[str, Make] = {
     "strict": lambda: torchguard.strict(),
     "warn": lambda: torchguard.warn(),
     "strict(every_call)": lambda: torchguard.strict(every_call=True),
     "warn(every_call)": lambda: torchguard.warn(every_call=True),
 }
-_make: Any = torchguard.Guard
-with contextlib.suppress(ValueError):  # not in this version
-    _make(at="read")
-    MODES["strict(at=read)"] = lambda: _make("raise", at="read")
-with contextlib.suppress(ValueError):
-    _make("repair")
-    MODES["repair"] = lambda: _make("repair")
+#: Under these some properties do not hold yet (docs/limits.md): they are searched for by ``make fuzz ARGS=--all-modes``.
+if os.environ.get(ALL_MODES):
+    MODES["strict(at=read)"] = lambda: torchguard.strict(at="read")
+    MODES["repair"] = lambda: torchguard.repair()
 
 
 def failures(
