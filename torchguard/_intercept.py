@@ -346,13 +346,17 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
         held.clear()
 
 
+_compile_patch: list[Patch] = []
+
+
 def _compile(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.compile``: its first call loads the compiler, which is patched once it is there."""
     _torch.load_compiler()
     with lock:
         if _installed:
             _patch_the_compiler()
-    return wrapped(*args, **kwargs)
+    below = _compile_patch[0].below  # Lightning, say, has put one of its own there since the patches were made
+    return (below if callable(below) else wrapped)(*args, **kwargs)
 
 
 def _patch_the_compiler() -> None:
@@ -447,7 +451,8 @@ def _prepare() -> list[Patch]:
     backward = torch.autograd.function.BackwardCFunction
     patches.append(Patch(backward, _compiled.STASH, _compiled.StashAttribute()))
     patches.append(Patch(backward, "saved_tensors", Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
-    patches.append(Patch(torch, "compile", Routed(torch.compile, _compile)))
+    _compile_patch[:] = [Patch(torch, "compile", Routed(torch.compile, _compile))]
+    patches += _compile_patch
     start = threading.Thread.start
     patches.append(Patch(threading.Thread, "start", wrapt.FunctionWrapper(start, _hooks.start_thread)))
     patches += [
