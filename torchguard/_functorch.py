@@ -14,7 +14,7 @@ where that one moves, and the wrapper's does not, a write has passed autograd by
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,10 @@ class Watch(TorchFunctionMode):
 
 def _watch_nodes(values: Any, since: int) -> None:
     waiting = [
-        level.grad_fn for tensor in _tensors_in(values) for level in _torch.levels_of(tensor) if level.requires_grad
+        level.grad_fn
+        for tensor in _memory.tensors_in(values)
+        for level in _torch.levels_of(tensor)
+        if level.requires_grad
     ]
     met: list[Any] = []
     while waiting:
@@ -122,17 +125,6 @@ def _watch_node(node: Any) -> None:
             continue
         finally:
             _packing.saved = _packing.node = None
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
 
 
 class _Here(threading.local):

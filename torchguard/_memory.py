@@ -29,6 +29,18 @@ _set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.data.__se
 _EMPTY = torch.empty(0)
 
 
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors anywhere in a value's lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
 def storage_of(tensor: torch.Tensor) -> int:
     """Identity of the tensor's storage, shared by all its views; 0 where it has none."""
     try:

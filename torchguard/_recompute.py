@@ -213,7 +213,7 @@ class _Recorder(TorchFunctionMode):
             self._look(func, args, kwargs)
         result = func(*args, **kwargs)
         with _torch.no_torch_function():
-            for tensor in _tensors_in((result,)):
+            for tensor in _memory.tensors_in((result,)):
                 storage = _memory.storage_of(tensor)
                 if storage not in self._found:
                     self._made.add(storage)
@@ -223,7 +223,7 @@ class _Recorder(TorchFunctionMode):
 
     def _look(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         found: list[Reread] = []
-        for tensor in _tensors_in((args, kwargs)):
+        for tensor in _memory.tensors_in((args, kwargs)):
             storage = _memory.storage_of(tensor)
             if not storage or storage in self._made:
                 continue
@@ -249,17 +249,6 @@ class _Recorder(TorchFunctionMode):
 
     def _roots_of(self, storage: int) -> list[Reread]:
         return [entry for entry in self._recomputation.entries if entry.storage == storage]
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
 
 
 # ---- what a function can reach -----------------------------------------------------------------------------------
@@ -393,10 +382,10 @@ def checkpoint_forward(original: Any, _: Any, args: tuple[Any, ...], kwargs: dic
             inner = nullcontext() if replay is None else replay.inner_checkpoint()
             with recomputation.recorder(function, args), inner:
                 result = function(*args)
-            shapes.append([tensor.shape for tensor in _tensors_in(result)])
+            shapes.append([tensor.shape for tensor in _memory.tensors_in(result)])
             return result
         result = recomputation.run(function, args, {})
-        if [tensor.shape for tensor in _tensors_in(result)] == shapes[0]:  # otherwise PyTorch is about to refuse
+        if [tensor.shape for tensor in _memory.tensors_in(result)] == shapes[0]:  # otherwise PyTorch is about to refuse
             recomputation.report()
         return result
 
