@@ -20,8 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_aliases": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_audit": {"_memory", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation"},
     "_collectives": {
-        "_aliases", "_counts", "_memory", "_places", "_policy", "_saves", "_torch", "_violation", "_writers",
-        "_writes",
+        "_aliases", "_counts", "_memory", "_places", "_policy", "_rehearsal", "_saves", "_torch", "_violation",
+        "_writers", "_writes",
     },
     "_compiled": {
         "_aliases", "_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_violation", "_writers",
@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_intercept": {
         "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory",
         "_patching", "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads",
-        "_saves", "_stashes", "_storages", "_torch", "_watch", "_writers", "_writes",
+        "_saves", "_selfwrites", "_stashes", "_storages", "_torch", "_watch", "_writers", "_writes",
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_policy", "_saves", "_torch", "_writes"},
     "_ledger": set(),
@@ -68,6 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_memory", "_places", "_policy", "_replay", "_rereads", "_torch", "_verdict", "_violation", "_writers",
     },
     "_refusal": {"_torch"},
+    "_rehearsal": {"_memory", "_torch", "_writers"},
     "_replay": {"_counts", "_memory", "_reads", "_rereads", "_saves", "_torch", "_writers"},
     "_report": {"_report._merging", "_report._records", "_report._writer"},
     "_report._files": {"_config", "_report._page", "_report._records", "_report._sarif"},
@@ -82,6 +83,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_saves": {
         "_aliases", "_counts", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch",
         "_violation",
+    },
+    "_selfwrites": {
+        "_aliases", "_memory", "_model", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch", "_writers",
     },
     "_stashes": {"_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_writers"},
     "_stats": {"_counts", "_saves", "_torch"},
@@ -99,8 +103,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_writers": {"_counterless", "_torch"},
     "_writes": {
-        "_aliases", "_counts", "_memory", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch",
-        "_verdict", "_violation", "_writers",
+        "_aliases", "_counts", "_memory", "_overlap", "_places", "_policy", "_rehearsal", "_rereads", "_saves",
+        "_selfwrites", "_torch", "_verdict", "_violation", "_writers",
     },
     "guard": {
         "_config", "_findings", "_hooks", "_intercept", "_policy", "_reads", "_stats", "_suppressions", "_violation",

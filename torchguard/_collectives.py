@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from torchguard import _memory, _places, _policy, _torch, _writes
+from torchguard import _memory, _places, _policy, _rehearsal, _torch, _writes
 from torchguard._aliases import ALIASES
 from torchguard._counts import COUNTS
 from torchguard._saves import LEDGER, Save
@@ -134,7 +134,7 @@ def _carry_out(
         hits.clear()
         return call(*args, **kwargs)
     hits.clear()
-    arrival = _Arrival(writer, _writes.rehearse(writer, finish or call, args, kwargs), here)
+    arrival = _Arrival(writer, _rehearsal.rehearse(writer, finish or call, args, kwargs), here)
     if isinstance(arrival.work, _torch.Work):
         return _work_class()(arrival)
     arrival.settle_or_raise()
@@ -148,7 +148,7 @@ class _Arrival:
         work: what the call returned.
     """
 
-    def __init__(self, writer: Writer, rehearsal: _writes.Rehearsal, here: _places.Instruction) -> None:
+    def __init__(self, writer: Writer, rehearsal: _rehearsal.Rehearsal, here: _places.Instruction) -> None:
         self.work = rehearsal.result
         self._writer = writer
         self._rehearsal = rehearsal

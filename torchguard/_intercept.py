@@ -33,6 +33,7 @@ from torchguard import (
     _reads,
     _recompute,
     _refusal,
+    _selfwrites,
     _stashes,
     _storages,
     _torch,
@@ -127,21 +128,12 @@ def _route_method(function: Any) -> RoutedMethod:
     foreign = LEDGER.foreign
     is_wrapper = _torch.is_wrapper
     grad_enabled = torch.is_grad_enabled
-
-    def reads_itself(args: tuple[Any, ...]) -> bool:
-        instance = args[0]
-        try:
-            return type(instance) in plain and any(
-                type(other) in plain and other is not instance and storage_id(other) == storage_id(instance)
-                for other in args[1:]
-            )
-        except _memory.NO_MEMORY:
-            return False
+    reads_itself = _selfwrites.may_save_what_it_writes(function.__name__)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if pending or filing:
             file()
-        if len(args) > 1 and grad_enabled() and reads_itself(args):  # it may save what it then writes over
+        if len(args) > 1 and grad_enabled() and reads_itself(args):
             if state.every_call and mode_active():
                 return function(*args, **kwargs)
             return judge(function, (), args, kwargs)
@@ -170,9 +162,11 @@ def _route_function(function: Any) -> Callable[..., Any]:
     mode_active = _torch.function_mode_active
     any_alive = LEDGER.any_alive
     grad_enabled = torch.is_grad_enabled
+    reads_itself = _selfwrites.may_save_what_it_writes(function.__name__)
 
     def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not (any_alive() or grad_enabled()) or (state.every_call and mode_active()):
+        needed = any_alive() or (len(args) > 1 and grad_enabled() and reads_itself(args))
+        if not needed or (state.every_call and mode_active()):
             return wrapped(*args, **kwargs)
         return judge(function, (), args, kwargs)
 

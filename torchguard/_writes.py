@@ -1,10 +1,4 @@
-"""A call is about to write: would it change, unseen by autograd, memory that a live save needs?
-
-Note [Rehearsal]. Where a silent write to a live save is about to happen, the call is first made on a copy of
-the memory that it writes to. That shows which bytes it changes, whatever picks them (a slice, a mask, an
-index tensor, a scatter, values that happen to be there already), so the verdict is about bytes and not about
-what a call might do. It is paid for only by a call that would otherwise be reported.
-"""
+"""A call is about to write: would it change, unseen by autograd, memory that a live save needs?"""
 
 from __future__ import annotations
 
@@ -18,14 +12,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from torchguard import _memory, _places, _policy, _torch, _verdict
+from torchguard import _memory, _places, _policy, _selfwrites, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
 from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._overlap import overlaps
+from torchguard._rehearsal import Rehearsal, rehearse
 from torchguard._rereads import Reread, note_write, rereads_of, running
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign
 from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
-from torchguard._writers import Writer, all_tensors, substituted
+from torchguard._writers import Writer
 
 #: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
 _TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
@@ -96,9 +91,9 @@ def carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwa
     Raises:
         SavedTensorCorruptionError: by the innermost guard, before any memory has changed.
     """
-    own = _reads_what_it_writes(writer, args, kwargs) if torch.is_grad_enabled() else ()
-    if own:
-        return _carry_out_on_its_own(writer, call, args, kwargs, own)
+    reads = _selfwrites.own_reads(writer, args, kwargs) if torch.is_grad_enabled() else ()
+    if reads:
+        return _selfwrites.carry_out(writer, lambda: _carry_out(writer, call, args, kwargs), reads)
     return _carry_out(writer, call, args, kwargs)
 
 
@@ -151,68 +146,6 @@ def _carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kw
             save.expect_version()
         hits.clear()
         seen.clear()
-
-
-def _reads_what_it_writes(
-    writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Where a call may save an alias of what it writes to (``h.mul_(h.data)``): the alias, and the target."""
-    if writer.collective or writer.keeps_statistics:
-        return []
-    with _torch.no_torch_function():
-        given = list(all_tensors([*args, *kwargs.values()]))
-        if len(given) < 2 or not any(tensor.requires_grad for tensor in given):
-            return []
-        targets = [target for target in writer.targets(args, kwargs) if type(target) in _memory.PLAIN_TYPES]
-        tracked = _policy.repairer() is not None  # those are PyTorch's to refuse otherwise
-        found = []
-        for target in targets:
-            storage = _memory.storage_of(target)
-            span = _memory.span_of(target) if storage else None
-            if span is None:
-                continue
-            for position, tensor in enumerate(given):
-                same = tensor is target
-                if _memory.storage_of(tensor) != storage or (same and (not tracked or position == 0)):
-                    continue
-                here = _memory.span_of(tensor)
-                if here is not None and overlaps(span, here) is not False:
-                    found.append((tensor, target))
-    return found
-
-
-def _carry_out_on_its_own(
-    writer: Writer,
-    call: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    own: list[tuple[torch.Tensor, torch.Tensor]],
-) -> Any:
-    """Make a call that saves what it then writes over: the saved bytes are known now, and decide at the read."""
-    with _torch.hidden():
-        kept = [
-            (_memory.span_of(tensor), tensor.dtype, tensor.detach().clone(), target, _memory.storage_of(tensor))
-            for tensor, target in own
-        ]
-    storages = {storage for *_, storage in kept}
-    before = {id(save) for storage in storages for save in LEDGER.in_storage(storage)}
-    result = _carry_out(writer, call, args, kwargs)
-    if _policy.state.reasons:
-        return result
-    here = _places.user_instruction(sys._getframe(2))
-    with _torch.no_torch_function():
-        for storage in storages:
-            for save in LEDGER.in_storage(storage):
-                if id(save) in before or isinstance(save, Reread):
-                    continue
-                span = _memory.span_of(save.tensor)
-                for known, dtype, copy, target, _ in kept:
-                    if known == span and dtype == save.tensor.dtype and not _memory.same_bytes(save.tensor, copy):
-                        aliased = ALIASES.taken_at(target, storage)
-                        save.remark().proof = copy
-                        save.let_bytes_decide("tracked" if save.moved else "write", writer.title, here, aliased)
-                        break
-    return result
 
 
 def _note_thread() -> None:
@@ -458,72 +391,6 @@ def pronounce(writer: Writer, rehearsal: Rehearsal, hits: list[Hit], here: _plac
             elements=hit.elements,
             caught="write",
         )
-
-
-class Rehearsal:
-    """A call on a copy of the memory that it writes to.
-
-    Attributes:
-        targets: the tensors that it writes to.
-        replicas: for each of them, by its id, the copy; empty where there can be no such tensor.
-        result: what the call returned.
-        failure: what it raised half-way, where it is not to be made again.
-    """
-
-    def __init__(self, targets: Sequence[torch.Tensor], replicas: dict[int, torch.Tensor]) -> None:
-        self.targets = targets
-        self.replicas = replicas
-        self.result: Any = None
-        self.failure: Exception | None = None
-        self._versions = {key: _memory.version_of(replica) for key, replica in replicas.items()}
-
-    def changed_bytes(self, target: torch.Tensor) -> torch.Tensor:
-        """Which bytes of the target's memory, from first to last, the call changes."""
-        replica = self.replicas.get(id(target))
-        # Without a copy, every element that the call is given.
-        return _memory.reach(target) if replica is None else _memory.changed_bytes(target, replica)
-
-    def moves(self, target: torch.Tensor) -> int:
-        """By how much the call moves the target's version, where only the rehearsal tells."""
-        replica = self.replicas.get(id(target))
-        return 0 if replica is None else _memory.version_of(replica) - self._versions[id(target)]
-
-    def put_down(self) -> None:
-        """Put what the call made into place."""
-        with _torch.hidden():
-            for target in {id(target): target for target in self.targets}.values():
-                _memory.overwrite(target, self.replicas[id(target)])
-                for _ in range(self.moves(target)):
-                    torch.autograd.graph.increment_version(target)
-
-    def with_originals(self, value: Any) -> Any:
-        """The same value, with the targets in the place of their copies."""
-        return substituted(value, {id(self.replicas[id(target)]): target for target in self.targets})
-
-
-def rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rehearsal:
-    """Make the call on copies of what it writes to."""
-    targets = writer.targets(args, kwargs)
-    if any(_torch.parts_of(target) for target in targets):
-        raise NotImplementedError("a subclass that wraps others is not built anew over other memory")
-    with _torch.hidden():
-        if not _memory.can_be_copied(targets):
-            return Rehearsal(targets, {})
-        replicas = _memory.replicas_of(targets, all_tensors([*args, *kwargs.values()]))
-        rehearsal = Rehearsal(targets, replicas)
-        args = [substituted(value, replicas) for value in args]
-        kwargs = {name: substituted(value, replicas) for name, value in kwargs.items()}
-    if writer.collective:  # it is the call: whoever watches calls is to see it
-        rehearsal.result = call(*args, **kwargs)
-        return rehearsal
-    with _memory.same_random_numbers(targets if writer.draws else (), kwargs.get("generator")), _torch.rehearsing():
-        try:
-            rehearsal.result = call(*args, **kwargs)
-        except Exception as error:
-            if not writer.once:
-                raise
-            rehearsal.failure = error  # the user's function raised, half-way: so far the memory is written
-    return rehearsal
 
 
 def _address(target: torch.Tensor) -> int:

@@ -1,0 +1,83 @@
+"""What would a call that writes change, tried on a copy of the memory that it writes to?
+
+Note [Rehearsal]. Where a silent write to a live save is about to happen, the call is first made on a copy of
+the memory that it writes to. That shows which bytes it changes, whatever picks them (a slice, a mask, an
+index tensor, a scatter, values that happen to be there already), so the verdict is about bytes and not about
+what a call might do. It is paid for only by a call that would otherwise be reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from torchguard import _memory, _torch
+from torchguard._writers import Writer, all_tensors, substituted
+
+
+class Rehearsal:
+    """A call on a copy of the memory that it writes to.
+
+    Attributes:
+        targets: the tensors that it writes to.
+        replicas: for each of them, by its id, the copy; empty where there can be no such tensor.
+        result: what the call returned.
+        failure: what it raised half-way, where it is not to be made again.
+    """
+
+    def __init__(self, targets: Sequence[torch.Tensor], replicas: dict[int, torch.Tensor]) -> None:
+        self.targets = targets
+        self.replicas = replicas
+        self.result: Any = None
+        self.failure: Exception | None = None
+        self._versions = {key: _memory.version_of(replica) for key, replica in replicas.items()}
+
+    def changed_bytes(self, target: torch.Tensor) -> torch.Tensor:
+        """Which bytes of the target's memory, from first to last, the call changes."""
+        replica = self.replicas.get(id(target))
+        # Without a copy, every element that the call is given.
+        return _memory.reach(target) if replica is None else _memory.changed_bytes(target, replica)
+
+    def moves(self, target: torch.Tensor) -> int:
+        """By how much the call moves the target's version, where only the rehearsal tells."""
+        replica = self.replicas.get(id(target))
+        return 0 if replica is None else _memory.version_of(replica) - self._versions[id(target)]
+
+    def put_down(self) -> None:
+        """Put what the call made into place."""
+        with _torch.hidden():
+            for target in {id(target): target for target in self.targets}.values():
+                _memory.overwrite(target, self.replicas[id(target)])
+                for _ in range(self.moves(target)):
+                    torch.autograd.graph.increment_version(target)
+
+    def with_originals(self, value: Any) -> Any:
+        """The same value, with the targets in the place of their copies."""
+        return substituted(value, {id(self.replicas[id(target)]): target for target in self.targets})
+
+
+def rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rehearsal:
+    """Make the call on copies of what it writes to."""
+    targets = writer.targets(args, kwargs)
+    if any(_torch.parts_of(target) for target in targets):
+        raise NotImplementedError("a subclass that wraps others is not built anew over other memory")
+    with _torch.hidden():
+        if not _memory.can_be_copied(targets):
+            return Rehearsal(targets, {})
+        replicas = _memory.replicas_of(targets, all_tensors([*args, *kwargs.values()]))
+        rehearsal = Rehearsal(targets, replicas)
+        args = [substituted(value, replicas) for value in args]
+        kwargs = {name: substituted(value, replicas) for name, value in kwargs.items()}
+    if writer.collective:  # it is the call: whoever watches calls is to see it
+        rehearsal.result = call(*args, **kwargs)
+        return rehearsal
+    with _memory.same_random_numbers(targets if writer.draws else (), kwargs.get("generator")), _torch.rehearsing():
+        try:
+            rehearsal.result = call(*args, **kwargs)
+        except Exception as error:
+            if not writer.once:
+                raise
+            rehearsal.failure = error  # the user's function raised, half-way: so far the memory is written
+    return rehearsal
