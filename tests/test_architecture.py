@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_selfwrites": {
         "_aliases", "_memory", "_model", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch", "_writers",
     },
-    "_stashes": {"_memory", "_places", "_policy", "_reads", "_saves", "_torch", "_writers"},
+    "_stashes": {"_memory", "_places", "_policy", "_reads", "_saves", "_torch"},
     "_stats": {"_counts", "_saves", "_torch"},
     "_storages": {"_memory", "_places", "_saves", "_torch", "_writers", "_writes"},
     "_suppressions": {"_violation"},
@@ -101,7 +101,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_collectives", "_counterless", "_explain", "_memory", "_patching", "_places", "_policy", "_saves", "_torch",
         "_traces", "_writers", "_writes",
     },
-    "_writers": {"_counterless", "_torch"},
+    "_writers": {"_counterless", "_memory", "_torch"},
     "_writes": {
         "_aliases", "_counts", "_memory", "_overlap", "_places", "_policy", "_rehearsal", "_rereads", "_saves",
         "_selfwrites", "_torch", "_verdict", "_violation", "_writers",

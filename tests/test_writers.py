@@ -15,8 +15,8 @@ import pytest
 import torch
 from probe_counters import SPECIAL, f, general_calls
 
-from torchguard import Guard, _counterless, _torch, _writers
-from torchguard._writers import OUT, Writer, substituted, tensors_in, writer_of, writer_of_operator, writers_in
+from torchguard import Guard, _counterless, _memory, _torch, _writers
+from torchguard._writers import OUT, Writer, substituted, writer_of, writer_of_operator, writers_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -43,7 +43,7 @@ class Seen:
 
     def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self.args, self.kwargs = args, kwargs
-        tensors = list(itertools.chain.from_iterable(map(tensors_in, (*args, *kwargs.values()))))
+        tensors = list(itertools.chain.from_iterable(map(_memory.tensors_in, (*args, *kwargs.values()))))
         before = [(tensor._version, tensor.detach().clone()) for tensor in tensors]
         torch.manual_seed(0)
         state = torch.get_rng_state()

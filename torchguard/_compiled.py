@@ -23,7 +23,7 @@ from torchguard._aliases import ALIASES
 from torchguard._reads import examine, examine_stashed
 from torchguard._saves import LEDGER, Save, make_pack
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
-from torchguard._writers import all_tensors, is_in_place
+from torchguard._writers import is_in_place
 from torchguard._writes import saves_near
 
 _record = make_pack()
@@ -190,7 +190,7 @@ class _Collector:
             for violation in found:
                 guard.respond(violation)
 
-        for node in {tensor.grad_fn for tensor in all_tensors(result) if tensor.grad_fn is not None}:
+        for node in {tensor.grad_fn for tensor in _memory.tensors_in(result) if tensor.grad_fn is not None}:
             node.register_prehook(answer)
 
 

@@ -327,7 +327,7 @@ def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     The guard drops its weak references, and for the time of the call PyTorch holds what the guard's saves hold for it.
     """
     held = []
-    tensors = list({id(tensor): tensor for tensor in _writers.tensors_in([*args, *kwargs.values()])}.values())
+    tensors = list({id(tensor): tensor for tensor in _memory.tensors_in([*args, *kwargs.values()])}.values())
     for tensor in tensors:
         ALIASES.forget(tensor)
         held += [_refusal.hold(save.tensor) for save in _writes.saves_of(tensor) if save.checked]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from torchguard import _memory, _torch
-from torchguard._writers import Writer, all_tensors, substituted
+from torchguard._writers import Writer, substituted
 
 
 class Rehearsal:
@@ -66,7 +66,7 @@ def rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwar
     with _torch.hidden():
         if not _memory.can_be_copied(targets):
             return Rehearsal(targets, {})
-        replicas = _memory.replicas_of(targets, all_tensors([*args, *kwargs.values()]))
+        replicas = _memory.replicas_of(targets, _memory.tensors_in([*args, *kwargs.values()]))
         rehearsal = Rehearsal(targets, replicas)
         args = [substituted(value, replicas) for value in args]
         kwargs = {name: substituted(value, replicas) for name, value in kwargs.items()}

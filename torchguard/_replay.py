@@ -26,7 +26,7 @@ from torchguard._counts import COUNTS
 from torchguard._reads import make_unpack
 from torchguard._rereads import Reread
 from torchguard._saves import make_pack
-from torchguard._writers import Writer, all_tensors, substituted
+from torchguard._writers import Writer, substituted
 
 #: Calls whose result is about the tensor and not computed from its bytes, or that must not be made twice.
 _PASSED_ON = frozenset(
@@ -114,7 +114,7 @@ class _Call:
                     leaves.append(value.requires_grad_())
                 # Nothing is written to a leaf.
                 stand_ins[id(tensor)] = value * 1 if id(tensor) in written and value.requires_grad else value
-            outputs = [tensor for tensor in all_tensors(self.on(stand_ins)) if tensor.requires_grad]
+            outputs = [tensor for tensor in _memory.tensors_in(self.on(stand_ins)) if tensor.requires_grad]
             if not outputs:
                 return []
             generator = torch.Generator(outputs[0].device).manual_seed(0)
@@ -244,7 +244,7 @@ class Replay(TorchFunctionMode):
         if not self._shadows or name in _PASSED_ON:
             return func(*args, **kwargs)
         with _torch.no_torch_function():
-            tensors = list(all_tensors([*args, *kwargs.values()]))
+            tensors = list(_memory.tensors_in([*args, *kwargs.values()]))
             shadowed = {_memory.storage_of(tensor) for tensor in tensors} & self._shadows.keys()
         if not self._inner:
             return self._follow(func, args, kwargs, tensors, shadowed, name)
@@ -255,7 +255,7 @@ class Replay(TorchFunctionMode):
             with _torch.no_torch_function():
                 self._grown.update(
                     _memory.storage_of(one)
-                    for one in all_tensors(result)
+                    for one in _memory.tensors_in(result)
                     if one.is_floating_point() or one.is_complex()
                 )
         return result

@@ -18,7 +18,7 @@ from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, Save
-from torchguard._writers import Writer, all_tensors
+from torchguard._writers import Writer
 
 #: The derivative of these needs none of the tensors' values. Index tensors, which some save, are of another kind of
 #: memory than what is written to.
@@ -63,7 +63,7 @@ def own_reads(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if writer.collective or writer.keeps_statistics or writer.name in SAVES_NOTHING:
         return []
     with _torch.no_torch_function():
-        given = list(all_tensors([*args, *kwargs.values()]))
+        given = list(_memory.tensors_in([*args, *kwargs.values()]))
         if len(given) < 2 or not any(tensor.requires_grad for tensor in given):
             return []
         tracked = _policy.repairer() is not None  # those are PyTorch's to refuse otherwise

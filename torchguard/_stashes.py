@@ -17,7 +17,6 @@ import torch
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._reads import examine_stashed
 from torchguard._saves import LEDGER, Save
-from torchguard._writers import all_tensors
 
 _GONE = torch.empty(0)
 
@@ -80,7 +79,7 @@ def _look(cls: Any, result: Any, here: _places.Instruction) -> None:
     if _places.is_library(getattr(sys.modules.get(cls.__module__), "__file__", None) or ""):
         return  # torch's own keep what they look after
     kind = _torch.node_class_of(cls)
-    for tensor in all_tensors(result if isinstance(result, (list, tuple)) else (result,)):
+    for tensor in _memory.tensors_in(result if isinstance(result, (list, tuple)) else (result,)):
         node = tensor.grad_fn
         if node is not None and type(node) is kind:
             saves = [StashedSave(stash, f"{cls.__name__}, as ctx.{name}", here) for name, stash in _stashed(node)]
@@ -92,7 +91,7 @@ def _look(cls: Any, result: Any, here: _places.Instruction) -> None:
 def _stashed(node: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in list(vars(node).items()):
         items = list(value.values()) if isinstance(value, dict) else value
-        for tensor in all_tensors(items):
+        for tensor in _memory.tensors_in(items):
             if _memory.parts_of(tensor):
                 yield name, tensor
 

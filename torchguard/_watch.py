@@ -393,7 +393,7 @@ def _route_collective(title: str, keywords: Sequence[str]) -> Callable[[_Below],
             given = rest[0] if rest else next((kwargs[keyword] for keyword in keywords if keyword in kwargs), None)
             frame = sys._getframe(1)
             if not _writes.is_refill(frame):
-                _wrote(title, list(_writers.tensors_in(given)), frame)
+                _wrote(title, list(_memory.tensors_in(given)), frame)
             return result
 
         return route
@@ -487,7 +487,7 @@ def _swap_tensors(below: _Below) -> Route:
     """``torch.utils.swap_tensors`` refuses tensors that have weak references."""
 
     def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for tensor in _writers.tensors_in([*args, *kwargs.values()]):
+        for tensor in _memory.tensors_in([*args, *kwargs.values()]):
             TRACES.forget(tensor)
             for entry in list(_counters.values()):
                 if entry.latest is not None and entry.latest() is tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from torchguard import _counterless, _torch
+from torchguard import _counterless, _memory, _torch
 
 #: These change what a tensor is, not what is in its memory (most such operators carry the tag
 #: ``inplace_view``).
@@ -148,7 +148,7 @@ class Writer:
         found: list[torch.Tensor] = []
         for position, keyword in self.written:
             value = args[position] if position < len(args) else kwargs.get(keyword, kwargs.get("input"))
-            found.extend(tensors_in(value))
+            found.extend((value,) if isinstance(value, torch.Tensor) else _memory.tensors_in(value))
         return found
 
 
@@ -180,24 +180,6 @@ _TITLES = {
 def title_of(name: str) -> str:
     """A call of this name as a report shows it."""
     return _TITLES.get(name, f"{name}()")
-
-
-def tensors_in(value: Any) -> Iterable[torch.Tensor]:
-    """The tensors in an argument: itself, or those anywhere in its lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return (value,)
-    if isinstance(value, (list, tuple)):
-        return list(all_tensors(value))
-    return ()
-
-
-def all_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors anywhere in an argument's lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from all_tensors(item)
 
 
 def substituted(value: Any, replicas: Mapping[int, torch.Tensor]) -> Any:
