@@ -411,8 +411,10 @@ def _prepare() -> list[Patch]:
         for name in ("real", "imag")
     ]
     patches += [
-        Patch(torch.Tensor, name, Routed(getattr(torch.Tensor, name), _writes.reshapes(name)))
+        Patch(owner, name, Routed(getattr(owner, name), _writes.reshapes(name)))
+        for owner in (torch.Tensor, torch)
         for name in _writers.RESHAPING
+        if hasattr(owner, name)
     ]
     patches += _storage_patches() + _interchange_patches()
     block = _torch.PRESERVING_BLOCK

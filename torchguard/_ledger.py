@@ -208,6 +208,10 @@ class Ledger(Generic[E]):
         """Whether so many saves lie in a storage that it pays to ask about a part of it only."""
         return len(self.groups.get(storage, ())) > _LARGE
 
+    def is_indexed(self, storage: int) -> bool:
+        """Whether it has been taken down which parts of a storage its saves occupy."""
+        return storage in self._spans
+
     def near(self, storage: int, low: int, high: int) -> list[E]:
         """The live saves of one storage that may occupy a byte of ``[low, high)``, counted from its beginning."""
         if self.pending or self.filing:

@@ -225,12 +225,16 @@ class Attribute:
         self._original.__delete__(instance)
 
 
+_kept: set[str] = set()
+
+
 def keep_from_the_compiler() -> None:
     """What judges a call is no part of the program that torch.compile is to compile."""
+    modules = [name for name in list(sys.modules) if name.partition(".")[0] == __package__ and name not in _kept]
+    _kept.update(modules)
     codes = [
         value.__code__
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == __package__
+        for module in map(sys.modules.__getitem__, modules)
         for owner in (module, *filter(inspect.isclass, vars(module).values()))
         for value in vars(owner).values()
         if inspect.isfunction(value) and value.__module__.partition(".")[0] == __package__
@@ -244,7 +248,7 @@ def keep_from_the_compiler() -> None:
 @contextlib.contextmanager
 def without_collections() -> Iterator[None]:
     """The many small objects made here stay: a search for garbage among them and all of torch takes longer than they
-    do.
+    do. They count as searched once, or the next object that anybody makes would set that search off.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -252,6 +256,7 @@ def without_collections() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            gc.collect(0)
             gc.enable()
 
 

@@ -77,9 +77,13 @@ _RESIZE = Writer("UntypedStorage.resize_()", uncounted=frozenset({"self"}), on_s
 
 def enter_alias(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x.set_(y)``: ``x`` is an alias, with the counter that it had."""
-    if isinstance(instance, torch.Tensor):
-        _writes.keep_before_reshaping(instance, "set_")
-    result = wrapped(*args, **kwargs)
+    tensor = args[0] if instance is None and args else instance
+    if isinstance(tensor, torch.Tensor):
+        _writes.keep_before_reshaping(tensor, "set_")
+        with _writes.reaching_elsewhere(tensor):
+            result = wrapped(*args, **kwargs)
+    else:
+        result = wrapped(*args, **kwargs)
     # A typed storage makes such a tensor for the time of one write.
     if type(result) in _memory.PLAIN_TYPES and sys._getframe(1).f_code.co_filename != torch.storage.__file__:
         _writes.enter_alias(result, _places.user_instruction(sys._getframe(1)), _memory.version_of(result))

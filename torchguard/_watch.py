@@ -21,7 +21,15 @@ from weakref import ref
 import torch
 
 from torchguard import _collectives, _counterless, _explain, _memory, _places, _policy, _torch, _writers, _writes
-from torchguard._patching import Patch, Routed, RoutedMethod, keep_from_the_compiler, lock, scripted
+from torchguard._patching import (
+    Patch,
+    Routed,
+    RoutedMethod,
+    keep_from_the_compiler,
+    lock,
+    scripted,
+    without_collections,
+)
 from torchguard._saves import LEDGER, Save
 from torchguard._traces import TRACES, Written
 from torchguard._writers import Writer
@@ -565,10 +573,11 @@ def prepare() -> None:
     """Make the patches, before anything is patched."""
     with lock:
         if not _patches:
-            keep_from_the_compiler()
-            prepared = _prepare()
-            _script_names.extend(scripted(prepared))
-            _patches.extend(prepared)
+            with without_collections():
+                keep_from_the_compiler()
+                prepared = _prepare()
+                _script_names.extend(scripted(prepared))
+                _patches.extend(prepared)
 
 
 def install() -> None:

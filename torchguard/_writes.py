@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -453,11 +453,32 @@ def reshapes(name: str) -> Callable[..., Any]:
     """The route of a method that changes what a tensor is, and no memory: PyTorch refuses what is saved of it."""
 
     def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(instance, torch.Tensor):
-            keep_before_reshaping(instance, name)
-        return wrapped(*args, **kwargs)
+        tensor = args[0] if instance is None and args else instance
+        if not isinstance(tensor, torch.Tensor):
+            return wrapped(*args, **kwargs)
+        keep_before_reshaping(tensor, name)
+        with reaching_elsewhere(tensor):
+            return wrapped(*args, **kwargs)
 
     return route
+
+
+@contextmanager
+def reaching_elsewhere(tensor: torch.Tensor) -> Iterator[None]:
+    """Around a call that may point a tensor at another part of its storage: what was saved may be that very tensor.
+
+    PyTorch refuses such a save, unless a block puts the counter back.
+    """
+    storage = _memory.storage_of(tensor) if LEDGER.groups else 0
+    if not storage or not LEDGER.is_indexed(storage):
+        yield
+        return
+    before = _memory.stretch_in_storage(tensor)
+    try:
+        yield
+    finally:
+        if _memory.stretch_in_storage(tensor) != before:
+            LEDGER.lies_elsewhere(storage)
 
 
 def keep_before_reshaping(tensor: torch.Tensor, name: str) -> None:

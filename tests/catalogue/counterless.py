@@ -736,6 +736,45 @@ def nested_blocks_around_nothing(run: Run) -> Any:
     return [w.grad]
 
 
+#: What points a saved tensor at elements 40 to 43 of its buffer, which hold the same values.
+MOVES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "as_strided_": lambda h: h.as_strided_((4,), (1,), 40),
+    "as_strided_function": lambda h: torch.as_strided_(h, (4,), (1,), 40),
+    "as_strided_unbound": lambda h: torch.Tensor.as_strided_(h, (4,), (1,), 40),
+    "set_": lambda h: h.set_(h.untyped_storage(), 40, (4,), (1,)),
+    "set_unbound": lambda h: torch.Tensor.set_(h, h.untyped_storage(), 40, (4,), (1,)),
+    "data_of_data": lambda h: setattr(h, "data", h.data.as_strided((4,), (1,), 40)),
+    "resize_and_back": lambda h: h.as_strided_((2,), (1,), 40).resize_(4),
+}
+
+
+def _moved_within_a_crowded_storage(name: str, move: Callable[[torch.Tensor], Any]) -> None:
+    """Many saves lie in one storage, and which part each occupies has been looked up before one is moved."""
+
+    def body_for(first: int) -> Callable[[Run], Any]:
+        def body(run: Run) -> Any:
+            b, ws = torch.arange(600.0) % 40, [run.leaf([1.0] * 4) for _ in range(100)]
+            kept = [(b[100 + 4 * i : 104 + 4 * i] * w).sum() for i, w in enumerate(ws)]
+            w, h = run.leaf([1.0] * 4), b[:4]
+            out = w * h  # saved
+            b[550:].data.zero_()
+            with _preserve(h):
+                move(h)
+            run.write(lambda: b[first : first + 2].data.fill_(7.0))
+            (out.sum() + torch.stack(kept).sum()).backward()
+            return [w.grad, *(w.grad for w in ws)]
+
+        return body
+
+    full = f"crowded_{name}_elsewhere"
+    add(body_for(41), name=full, route=PRESERVED, kind="corrupting")
+    add(body_for(1), name=f"{full}_old_place_written", route=PRESERVED, kind="innocent", twin_of=full)
+
+
+for _name, _move in MOVES.items():
+    _moved_within_a_crowded_storage(_name, _move)
+
+
 # ---- optimisers, scaling ------------------------------------------------------------------------------------------
 
 OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
