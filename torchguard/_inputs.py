@@ -1,10 +1,10 @@
 """Which very tensor does plain PyTorch keep, where the pack hook is given another object or cannot tell an input?
 
 Note [Saves of saves]. Without hooks, unpacking a saved input gives the tensor that was saved, and a double backward
-(``create_graph=True``) that saves it again saves that tensor: ``x.data = y`` changes what the second backward reads. Under
-hooks PyTorch makes a new tensor of what unpack returns. Kept in its stead, the second backward would read the old memory:
-right under the guard, wrong without, and nothing said. So unpack takes down what a node has read while it records
-a graph, and pack finds the tensor by its memory and its place in the graph.
+(``create_graph=True``) that saves it again saves that very tensor: ``x.data = y`` changes what the second one reads. Under
+hooks PyTorch makes a new tensor of what unpack returns. Kept in its stead, the second backward would read the old
+memory: right under the guard, wrong without, and nothing said. So unpack takes down what a node has read while it
+records a graph, and pack finds the tensor by its memory and its place in the graph.
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ def note_read(save: Any) -> None:
 
 
 def saved_before(storage: int, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that was saved before, where ``tensor`` is what PyTorch made of it for the node that saves it again."""
+    """The tensor that was saved before, where ``tensor`` is what PyTorch made of it for a node that saves it again."""
     known = read_recording.get(storage)
     if known is None or known[0] != _torch.reader():
         return tensor
     with _torch.no_torch_function():
         for hold in known[1]:
             save = hold()
-            if save is not None and (save.tensor is tensor or _is_made_of(tensor, save.tensor)):
-                return save.tensor
+            if save is None:
+                continue
+            original: torch.Tensor = save.tensor
+            if original is tensor or _is_made_of(tensor, original):
+                return original
     return tensor
 
 
