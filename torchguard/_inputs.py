@@ -1,8 +1,8 @@
 """Which very tensor does plain PyTorch keep, where the pack hook is given another object or cannot tell an input?
 
 Note [Saves of saves]. Without hooks, unpacking a saved input gives the tensor that was saved, and a double backward
-(``create_graph=True``) that saves it again saves that very tensor: ``x.data = y`` changes what the second one reads. Under
-hooks PyTorch makes a new tensor of what unpack returns. Kept in its stead, the second backward would read the old
+(``create_graph=True``) that saves it again saves that very tensor: ``x.data = y`` changes what the second one reads.
+Under hooks PyTorch makes a new tensor of what unpack returns. Kept in its stead, the second backward would read the old
 memory: right under the guard, wrong without, and nothing said. So unpack takes down what a node has read while it
 records a graph, and pack finds the tensor by its memory and its place in the graph.
 """
