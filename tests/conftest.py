@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from hypothesis import settings
 
 import torchguard
 from torchguard import _hooks, _intercept, _policy, _torch
@@ -21,6 +23,11 @@ from torchguard._saves import LEDGER
 # Pickling and swap_tensors note it on the class, whoever comes first.
 copyreg._slotnames(torch.Tensor)  # type: ignore[attr-defined]
 copyreg._slotnames(torch.nn.Parameter)  # type: ignore[attr-defined]
+
+# The same examples in every run; `--hypothesis-profile search` draws new ones, many more, and remembers what failed.
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.register_profile("search", max_examples=2000)
+settings.load_profile("fixed")
 
 #: Everything that a guard patches something in.
 NAMESPACES: dict[str, Any] = {
@@ -36,6 +43,8 @@ NAMESPACES: dict[str, Any] = {
     "BackwardCFunction": torch.autograd.function.BackwardCFunction,
     "_unsafe_preserve_version_counter": torch.autograd._unsafe_preserve_version_counter,
     "threading.Thread": threading.Thread,
+    "torch.utils.checkpoint": torch.utils.checkpoint,
+    "CheckpointFunction": torch.utils.checkpoint.CheckpointFunction,
     "torch.UntypedStorage": torch.UntypedStorage,
     "torch.utils.dlpack": torch.utils.dlpack,
     "torch._C": torch._C,

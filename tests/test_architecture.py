@@ -40,14 +40,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_fingerprint": {"_memory", "_torch"},
     "_functorch": {"_aliases", "_memory", "_policy", "_reads", "_saves", "_torch"},
     "_hooked": {
-        "_aliases", "_exports", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads", "_saves", "_torch",
-        "_verdict", "_violation",
+        "_aliases", "_exports", "_inputs", "_memory", "_overlap", "_places", "_policy", "_reads", "_rereads",
+        "_saves", "_torch", "_verdict", "_violation",
     },
     "_hooks": {"_functorch", "_hooked", "_memory", "_policy", "_reads", "_saves", "_torch"},
+    "_inputs": {"_torch"},
     "_intercept": {
-        "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_interchange", "_memory",
-        "_patching", "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal", "_rereads",
-        "_saves", "_selfwrites", "_stashes", "_storages", "_torch", "_watch", "_writers", "_writes",
+        "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_inputs", "_interchange",
+        "_memory", "_patching", "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal",
+        "_rereads", "_saves", "_selfwrites", "_stashes", "_storages", "_torch", "_watch", "_writers", "_writes",
     },
     "_interchange": {"_exports", "_memory", "_model", "_places", "_policy", "_saves", "_torch", "_writes"},
     "_ledger": set(),
@@ -61,8 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
     "_progress": {"guard"},
     "_reads": {
-        "_aliases", "_audit", "_counts", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads",
-        "_saves", "_torch", "_verdict", "_violation",
+        "_aliases", "_audit", "_counts", "_exports", "_inputs", "_memory", "_places", "_policy", "_refusal",
+        "_rereads", "_saves", "_torch", "_verdict", "_violation",
     },
     "_recompute": {
         "_memory", "_places", "_policy", "_replay", "_rereads", "_torch", "_verdict", "_violation", "_writers",
@@ -81,8 +82,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_report._writer": {"_report._files", "_report._records", "_report._source", "_violation"},
     "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves"},
     "_saves": {
-        "_aliases", "_counts", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch",
-        "_violation",
+        "_aliases", "_counts", "_exports", "_fingerprint", "_inputs", "_ledger", "_memory", "_places", "_policy",
+        "_torch", "_violation",
     },
     "_selfwrites": {
         "_aliases", "_memory", "_model", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch", "_writers",

@@ -31,6 +31,7 @@ import torch.utils.checkpoint
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._exports import EXPORTS, Export
+from torchguard._inputs import read_recording, saved_before
 from torchguard._overlap import overlaps
 from torchguard._reads import collector, export_behind, is_unused
 from torchguard._rereads import Reread, running
@@ -318,6 +319,8 @@ def compose(program: Hooks) -> Hooks:
 
     def pack(tensor: torch.Tensor) -> Any:
         output_of = _node_of_output(tensor)
+        if read_recording and output_of is None:
+            tensor = saved_before(_memory.storage_of(tensor), tensor)
         packed = pack_program(tensor)
         if type(tensor) in plain and not any_mode_active():
             return _record(

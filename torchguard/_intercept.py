@@ -24,6 +24,7 @@ from torchguard import (
     _compiled,
     _hooked,
     _hooks,
+    _inputs,
     _interchange,
     _memory,
     _places,
@@ -441,6 +442,9 @@ def _prepare() -> list[Patch]:
     module, hook = _torch.CHECKPOINT_HOOK
     if hasattr(module, hook):
         patches.append(Patch(module, hook, wrapt.FunctionWrapper(getattr(module, hook), _recompute.checkpoint_hook)))
+    module, keep = _torch.CHECKPOINT_ARGUMENT
+    if hasattr(module, keep):
+        patches.append(Patch(module, keep, wrapt.FunctionWrapper(getattr(module, keep), _inputs.save_argument)))
     function, forward = _torch.CHECKPOINT_FORWARD
     routed = wrapt.FunctionWrapper(getattr(function, forward), _recompute.checkpoint_forward)
     patches.append(Patch(function, forward, staticmethod(routed)))

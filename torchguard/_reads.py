@@ -18,6 +18,7 @@ from torchguard._aliases import ALIASES, AliasRecord
 from torchguard._audit import SYNCHRONOUS, put_off
 from torchguard._counts import SLOW_PATH
 from torchguard._exports import EXPORTS, Export
+from torchguard._inputs import note_read
 from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, Part, Save
 from torchguard._violation import Kind
@@ -47,6 +48,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     mode_active = _torch.function_mode_active
     storage_id = _torch.storage_id
     disabled = _torch.no_torch_function
+    records = torch.is_grad_enabled
 
     def check(save: Save) -> torch.Tensor | None:
         if save.tensor._version != save.version and (save.version == DETACHED or not _verdict.can_be_repaired(save)):
@@ -78,7 +80,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
             or tensor._version != save.version
             or save.storage in young
             or save.storage in aliases
-            or (save.node is None and storage_id(tensor) != save.storage)
+            or (save.node is None and (storage_id(tensor) != save.storage or records()))
         ):
             found = verdict(save)
             if isinstance(found, torch.Tensor):
@@ -89,6 +91,8 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
                     raise found
                 finally:
                     del found  # it refers to this frame
+            if save.node is None and records():
+                note_read(save)
         return tensor
 
     return unpack

@@ -26,6 +26,7 @@ from torchguard import _fingerprint, _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._exports import EXPORTS, FRESH, OWN_NODES, Export
+from torchguard._inputs import read_recording, saved_before
 from torchguard._ledger import Extent, Ledger
 from torchguard._violation import Kind
 
@@ -45,7 +46,10 @@ _COPY_NODE = type(torch.ones(1, requires_grad=True).clone().grad_fn)
 OWN_FILES = frozenset(
     {
         __file__,
-        *(os.path.join(os.path.dirname(__file__), f"{name}.py") for name in ("_intercept", "_functorch", "_compiled")),
+        *(
+            os.path.join(os.path.dirname(__file__), f"{name}.py")
+            for name in ("_intercept", "_functorch", "_compiled", "_inputs")
+        ),
     }
 )
 
@@ -447,6 +451,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
     disabled = _torch.no_torch_function
     exports = EXPORTS.by_storage
     dead_exports = EXPORTS.dead
+    recording = read_recording
     references = sys.getrefcount
     first = next_number()
     own_nodes = OWN_NODES
@@ -536,6 +541,8 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
         else:
             save.node = node = None
             save.output = 0
+            if recording and storage in recording:
+                tensor = saved_before(storage, tensor)
             save.tensor = tensor
         if storage in young or storage in aliases:
             latest = young.get(storage)

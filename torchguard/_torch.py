@@ -321,6 +321,12 @@ def made_last(node: Any, number: int) -> bool:
     )
 
 
+def make_node() -> None:
+    """Have this thread make one more node, which nothing refers to."""
+    with unseen(), outside_transforms(), without_hooks(), torch.enable_grad():
+        torch.ones((), requires_grad=True).clone()
+
+
 #: The type of all nodes that have none of their own in Python.
 GENERIC_NODE: type = type(torch._foreach_exp([torch.ones(1, requires_grad=True)])[0].grad_fn)
 _named_nodes: dict[str, type] = {}
@@ -597,6 +603,12 @@ def reading_node() -> str | None:
     return None if current is None else str(current.name())
 
 
+def reader() -> tuple[int, str] | None:
+    """What tells the node that backward runs in this thread right now from every other."""
+    current = getattr(_C, "_current_autograd_node", lambda: None)()
+    return None if current is None else (sequence_number(current), str(current.name()))
+
+
 #: What a node of batch normalisation saves and, in training mode, does not use.
 _RUNNING_STATISTICS = ("_saved_running_mean", "_saved_running_var")
 
@@ -722,6 +734,8 @@ def node_class_of(function: Any) -> Any:
 #: Where checkpoints of the two kinds run their function, by name.
 CHECKPOINT_HOOK = (torch.utils.checkpoint, "_checkpoint_hook")
 CHECKPOINT_FORWARD = (torch.utils.checkpoint.CheckpointFunction, "forward")
+#: By what the former keep their arguments since torch 2.12, or so.
+CHECKPOINT_ARGUMENT = (torch.utils.checkpoint, "_make_saved_tensor")
 
 
 def keeps_its_saves(node: Any) -> bool:

@@ -159,6 +159,56 @@ def output_of_one_that_is_input_of_another(run: Run) -> Any:
     return [w.grad]
 
 
+def _leaf_as_it_is(run: Run) -> torch.Tensor:
+    return run.leaf()
+
+
+def _has_a_history(run: Run) -> torch.Tensor:
+    return run.leaf().exp()
+
+
+def _parameter_of_its_own(run: Run) -> torch.Tensor:
+    return nn.Parameter(run.leaf().detach().clone())
+
+
+def _saved_again_by_backward() -> None:
+    """A double backward saves what the first one read, the very tensor, when the first one's graph is gone."""
+    for source in (_leaf_as_it_is, _has_a_history, _parameter_of_its_own):
+
+        def before(run: Run, source: Any = source) -> Any:
+            h, w, seed = source(run), run.leaf(), run.leaf()
+            out = h * w
+            (slope,) = torch.autograd.grad(out, w, seed, create_graph=True)  # saved
+            del out
+            run.write(_rebind, h, torch.zeros(3, 4))
+            return [torch.autograd.grad(slope.sum(), seed)]
+
+        def after(run: Run, source: Any = source) -> Any:
+            h, w, seed = source(run), run.leaf(), run.leaf()
+            out = h * w
+            (slope,) = torch.autograd.grad(out, w, seed, create_graph=True)
+            del out
+            result = torch.autograd.grad(slope.sum(), seed)
+            run.write(_rebind, h, torch.zeros(3, 4))
+            return [result]
+
+        def output(run: Run, source: Any = source) -> Any:
+            """What it saves of an output is a tensor of its own."""
+            h, seed = source(run), run.leaf()
+            out = h.exp()
+            (slope,) = torch.autograd.grad(out, h, seed, create_graph=True)
+            run.write(_rebind, out, torch.zeros(3, 4))
+            return [torch.autograd.grad(slope.sum(), seed)]
+
+        name = f"rebind_what_backward_saved_again_{source.__name__.strip('_')}"
+        add(before, name=name, route=_ROUTE, kind="corrupting")
+        add(after, name=f"{name}_afterwards", route=_ROUTE, kind="innocent", twin_of=name)
+        add(output, name=f"{name}_an_output", route=_ROUTE, kind="innocent", twin_of=name)
+
+
+_saved_again_by_backward()
+
+
 @program(
     route=_ROUTE,
     kind="innocent",

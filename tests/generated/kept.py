@@ -153,6 +153,29 @@ y3 = torch.atleast_2d(a2).diagonal()
 y4, y5 = torch._foreach_mul([grid(3, 2), y3], [y3, grid(3, 2)])
 y4.sum().backward()
 """,
+    "argument_of_a_checkpoint_is_rebound": """
+a1 = grid(4).requires_grad_()
+y2 = a1.exp()
+y3 = checkpoint(torch.sin, y2, use_reentrant=False)
+y2.data = torch.zeros(4)
+y3.sum().backward()
+""",
+    "argument_of_a_checkpoint_is_named_in_a_refusal": """
+a1 = grid(1, 4)
+a2 = grid().requires_grad_()
+y3 = torch.minimum(a1, a2)
+y9 = checkpoint(Exp.apply, y3, use_reentrant=False)
+y3.mT[y3.mT > 1e9] = 0
+torch.autograd.backward([y9.sum(), y3.sum()])
+""",
+    "what_backward_saved_again_is_named_in_a_refusal": """
+a2 = grid(4).requires_grad_()
+y9 = a2.clamp(-1, 1)
+y11 = F.layer_norm(y9, (4,))
+g12 = torch.autograd.grad(y11.sum(), y9, create_graph=True)[0]
+y9.set_(grid(4))
+(g12 * g12).sum().backward()
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}

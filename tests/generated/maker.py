@@ -1,18 +1,26 @@
 """Which program comes next? Lines are drawn one by one, and each is tried in plain PyTorch before it is kept.
 
-All chance comes from one ``random.Random`` with a seed: the same seed makes the same program.
+All chance comes from one source: from a ``random.Random`` the same seed makes the same program, and from hypothesis
+(``driven``) a program that fails becomes a short one.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from generated.runs import Program, compiled, namespace, quiet
+
+
+class Chance(Protocol):
+    """Where all choices come from: a ``random.Random``, or something that asks."""
+
+    def randrange(self, below: int, /) -> int:
+        """A number from 0 to below ``below``."""
+
 
 SHAPES = [(3, 4)] * 6 + [(4,)] * 3 + [(4, 4)] * 2 + [(2, 3, 4), (1,), (), (0, 4), (3, 1), (1, 4), (12,), (2, 2, 4, 4)]
 DTYPES = ["float32"] * 8 + ["float64"] * 2 + ["bfloat16", "float16", "complex64"]
@@ -673,7 +681,7 @@ class Maker:
         lines: at most so many lines are tried.
     """
 
-    def __init__(self, chance: random.Random, lines: int) -> None:
+    def __init__(self, chance: Chance, lines: int) -> None:
         self.chance = chance
         self.limit = lines
         self.lines: list[str] = []
@@ -980,6 +988,6 @@ def _has_graph(value: torch.Tensor) -> bool:
     return value.requires_grad and not value.is_leaf
 
 
-def make_program(chance: random.Random, lines: int = 14) -> Program:
+def make_program(chance: Chance, lines: int = 14) -> Program:
     """One program of at most about so many lines."""
     return Maker(chance, lines).make()
