@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
-from weakref import ref
 
 import torch
 
 from torchguard import _collectives, _counterless, _explain, _memory, _places, _policy, _torch, _writers, _writes
 from torchguard._patching import Patch, Routed, RoutedMethod, keep_from_the_compiler, lock, scripted
 from torchguard._saves import LEDGER, Save
+from torchguard._torch import ref
 from torchguard._traces import TRACES, Written
 from torchguard._writers import Writer
 
