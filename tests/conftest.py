@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
+from harness import program_hooks
 from hypothesis import settings
 
 import torchguard
@@ -115,8 +116,10 @@ def _same(before: list[Any], now: list[Any]) -> bool:
 def hook_stack() -> list[Any]:
     """The pack hooks on this thread's stack, innermost last."""
     autograd = torch._C._autograd
+    if not hasattr(autograd, "_top_saved_tensors_default_hooks") and not _torch.top_hooks():
+        return ["a pair that this torch does not show"] if _torch.hides_hooks() else []
     pairs = []
-    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+    while (top := program_hooks()) is not None:
         autograd._pop_saved_tensors_default_hooks()
         pairs.append(top)
     for pair in reversed(pairs):
@@ -131,7 +134,7 @@ def mode_stack() -> list[Any]:
 
 def _clear_up() -> None:
     """One test's failure must not be the next one's."""
-    while torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    while program_hooks() is not None:
         torch._C._autograd._pop_saved_tensors_default_hooks()
     while torch._C._len_torch_function_stack():
         torch._C._pop_torch_function_stack()

@@ -33,6 +33,7 @@ import torch
 import torch.utils.checkpoint
 
 import torchguard
+from torchguard import _hooks, _torch
 
 Kind = Literal["corrupting", "innocent", "unread", "refused"]
 Truth = Literal["without the write", "cloned saves"]
@@ -414,6 +415,13 @@ def _cloning() -> AbstractContextManager[Any]:
     return _under_the_programs_hooks(pair)
 
 
+def program_hooks() -> Hooks | None:
+    """The innermost pair of save hooks on this thread's stack that is the program's, as far as this torch shows any."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    pair: Hooks | None = top(True) if top is not None else _hooks.top_of_program(_torch.top_hooks, None, (), {})
+    return pair
+
+
 @contextlib.contextmanager
 def _under_the_programs_hooks(make: Callable[[Hooks | None], Hooks]) -> Iterator[None]:
     """Hooks for a run without a guard; where the program has save hooks of its own, ``make`` is given its pair.
@@ -422,7 +430,7 @@ def _under_the_programs_hooks(make: Callable[[Hooks | None], Hooks]) -> Iterator
     """
     autograd: Any = torch._C._autograd
     push = autograd._push_saved_tensors_default_hooks
-    push(*make(autograd._top_saved_tensors_default_hooks(True)))
+    push(*make(program_hooks()))
     autograd._push_saved_tensors_default_hooks = lambda pack, unpack: push(*make((pack, unpack)))
     try:
         yield
@@ -922,7 +930,7 @@ class _TorchAsItIs:
     @staticmethod
     def _stacks_now() -> Any:
         return {
-            "save hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+            "save hooks": program_hooks(),
             "function modes": torch.overrides._len_torch_function_stack(),  # type: ignore[attr-defined]
             "dispatch modes": torch._C._len_torch_dispatch_stack(),
             "grad mode": torch.is_grad_enabled(),

@@ -17,6 +17,7 @@ import soak
 import torch
 from generated.maker import make_program
 from generated.properties import failures
+from harness import program_hooks
 
 import torchguard
 from torchguard import Guard, SavedTensorCorruptionError, _memory, _policy, strict, warn
@@ -119,7 +120,7 @@ def test_leaving_fails_at_any_call_and_each_patch_is_taken_back(
 
 
 def clear_stacks() -> None:
-    while torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    while program_hooks() is not None:
         torch._C._autograd._pop_saved_tensors_default_hooks()
     while torch._C._len_torch_function_stack():
         torch._C._pop_torch_function_stack()

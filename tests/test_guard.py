@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import program_hooks
 from torch.autograd.graph import saved_tensors_hooks
 
 from torchguard import (
@@ -848,7 +849,7 @@ def test_hooks_and_guards_interleaved_in_every_order(found: TakeDown) -> None:
 
 
 def hook_owner() -> Any:
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    top = program_hooks()
     return None if top is None else top[0]
 
 

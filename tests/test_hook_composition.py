@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Found, hook_stack
+from harness import program_hooks
 from torch.autograd import Function, grad
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -50,14 +51,14 @@ def test_inside_the_program_sees_its_own_pairs_and_no_others() -> None:
         return tensor
 
     with strict():
-        assert autograd._top_saved_tensors_default_hooks(True) is None
+        assert program_hooks() is None
         with saved_tensors_hooks(pack, identity):
             with strict():
-                top = autograd._top_saved_tensors_default_hooks(True)
+                top = program_hooks()
             assert top[0] is pack
             assert top[1] is identity
             assert hook_stack() == [pack]
-        assert autograd._top_saved_tensors_default_hooks(True) is None
+        assert program_hooks() is None
 
 
 def test_a_pop_too_many_is_refused_in_pytorchs_words() -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import CodeType
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
 
@@ -24,6 +23,7 @@ from torchguard._counts import COUNTS
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
+from torchguard._torch import ref
 
 if TYPE_CHECKING:
     from torchguard._saves import Save

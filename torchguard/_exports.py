@@ -19,7 +19,6 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
 
@@ -28,6 +27,7 @@ from torchguard._counts import COUNTS
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
+from torchguard._torch import ref
 
 if TYPE_CHECKING:
     from torchguard._saves import Save

@@ -23,7 +23,6 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import ref
 
 import torch
 import torch.utils.checkpoint
@@ -36,7 +35,7 @@ from torchguard._overlap import overlaps
 from torchguard._reads import collector, export_behind, is_unused
 from torchguard._rereads import Reread, running
 from torchguard._saves import LEDGER, OWN_FILES, Save, copy_of, extent_of, operation_of_node
-from torchguard._torch import Hooks
+from torchguard._torch import Hooks, ref
 from torchguard._violation import Kind
 
 

@@ -52,6 +52,11 @@ def push(audits: bool = False) -> Hooks:
     pair = (make_pack(audits=audits), unpack)
     _ours.add(id(pair[0]))
     if _torch.hooks_enabled():
+        if _torch.hides_hooks():
+            _policy.note_unwatched(
+                "save hooks that were pushed before the first guard, which this torch does not show: they are not "
+                "called inside it"
+            )
         _restack(lambda pairs: [pair, *pairs])
     else:  # inside torch.func: nothing can be pushed until it is left
         _lifted.pairs.append(pair)
@@ -74,13 +79,8 @@ def remove(pair: Hooks) -> None:
 def _restack(change: Callable[[list[Hooks]], list[Hooks]]) -> bool:
     """Put other pairs of guards at the bottom of this thread's stack, and compose the program's above as that asks.
 
-    Returns whether anything changed. A torch that does not show its hooks has no bottom: see ``missing()``.
+    Returns whether anything changed.
     """
-    if not _torch.CAN_LOOK_AT_HOOKS:
-        for pair in change([]):
-            _torch.push_hooks(pair)
-            return True
-        return _torch.pop_hooks()
     stack = _torch.lift_hooks()[::-1]
     guards, program = [pair for pair in stack if _is_ours(pair)], [pair for pair in stack if not _is_ours(pair)]
     changed = change(guards)

@@ -13,7 +13,6 @@ import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import ref
 
 import torch
 import wrapt
@@ -57,6 +56,7 @@ from torchguard._patching import (
 )
 from torchguard._rereads import let_go
 from torchguard._saves import LEDGER, is_foreign
+from torchguard._torch import ref
 from torchguard._writers import Writer
 
 #: What each known callable writes to; filled when the patches are prepared.
@@ -432,9 +432,12 @@ def _prepare() -> list[Patch]:
     for name, route in ((off, _hooks.switch_off), (on, _hooks.switch_on)):
         if hasattr(module, name):
             patches.append(Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
-    for places, route in ((_torch.HOOK_PUSHES, _hooks.push_composed), (_torch.HOOK_POPS, _hooks.pop_program)):
+    for places, noting, route in (
+        (_torch.HOOK_PUSHES, _torch.noting_push, _hooks.push_composed),
+        (_torch.HOOK_POPS, _torch.noting_pop, _hooks.pop_program),
+    ):
         for module, name in places:
-            patches.append(Patch(module, name, wrapt.FunctionWrapper(getattr(module, name), route)))
+            patches.append(Patch(module, name, wrapt.FunctionWrapper(noting(getattr(module, name)), route)))
     module, top = _torch.HOOK_TOP
     if hasattr(module, top):
         patches.append(Patch(module, top, wrapt.FunctionWrapper(getattr(module, top), _hooks.top_of_program)))
@@ -526,6 +529,7 @@ def install() -> None:
         if _installed == 0:
             prepare()
             EXPORTS.renew()
+            _torch.forget_noted_hooks()
             try:
                 for patch in _patches:
                     patch.install()
@@ -556,6 +560,7 @@ def _restore() -> None:
 
 
 def _put_back() -> None:
+    _torch.forget_noted_hooks()
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
     for patch in reversed([*_patches, *_compiler_patches]):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch
 
@@ -17,6 +16,7 @@ from torchguard import _memory, _places, _policy, _torch
 from torchguard._exports import EXPORTS, is_open
 from torchguard._model import Span
 from torchguard._saves import LEDGER
+from torchguard._torch import ref
 from torchguard._writes import saves_near
 
 Route = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]

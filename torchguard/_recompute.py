@@ -15,13 +15,13 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import ref
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from torchguard import _memory, _places, _policy, _replay, _torch, _verdict
 from torchguard._rereads import Reread, note_write, running
+from torchguard._torch import ref
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer
 

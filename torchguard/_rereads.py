@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from weakref import ref
 
 import torch
 
@@ -24,6 +23,7 @@ from torchguard import _memory, _places, _policy
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
 from torchguard._exports import EXPORTS
 from torchguard._saves import LEDGER, Save
+from torchguard._torch import ref
 
 #: Stands for a tensor that is gone: it has no memory that anything could overlap.
 _GONE = torch.empty(0)

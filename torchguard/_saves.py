@@ -18,7 +18,6 @@ from collections.abc import Callable
 from itertools import islice
 from types import CodeType
 from typing import Any, ClassVar
-from weakref import ref
 
 import torch
 
@@ -28,6 +27,7 @@ from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._exports import EXPORTS, FRESH, OWN_NODES, Export
 from torchguard._inputs import read_recording, saved_before
 from torchguard._ledger import Extent, Ledger
+from torchguard._torch import ref
 from torchguard._violation import Kind
 
 #: A node that is a custom Function may have made other nodes in its forward, which upsets the sequence

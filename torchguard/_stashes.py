@@ -10,13 +10,13 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import ref
 
 import torch
 
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._reads import examine_stashed
 from torchguard._saves import LEDGER, Save
+from torchguard._torch import ref
 
 _GONE = torch.empty(0)
 
@@ -56,12 +56,12 @@ class StashedSave(Save):
         return self._name
 
 
-#: ``Function.apply`` as torch has it.
-_apply: Any = vars(torch.autograd.Function)["apply"].__func__
+#: ``Function.apply`` as torch has it: a class method, in Python or (since 2.15) in C.
+_apply: Any = vars(torch.autograd.Function)["apply"]
 
 
 def _apply_and_look(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    result = _apply(cls, *args, **kwargs)
+    result = _apply.__get__(None, cls)(*args, **kwargs)
     guard = _policy.innermost()
     if guard is not None and guard.audits and not torch.compiler.is_compiling() and not _torch.tracing():
         with _torch.no_torch_function():
@@ -69,7 +69,7 @@ def _apply_and_look(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-functools.update_wrapper(_apply_and_look, _apply)
+functools.update_wrapper(_apply_and_look, getattr(_apply, "__func__", _apply))
 
 #: What stands in the place of ``Function.apply`` while a guard audits.
 APPLY = classmethod(_apply_and_look)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import ref as ref
 
 import torch
 import torch.utils.checkpoint
@@ -70,6 +72,35 @@ _CAN_HOLD_WEAKLY = all(hasattr(_Storage, name) for name in ("_weak_ref", "_new_w
 
 
 _untyped_storage: Callable[[torch.Tensor], Any] = torch.Tensor.untyped_storage
+
+
+# Up to 2.9 the Python object of a tensor or storage that only torch holds dies, and leaves a pointer to nothing, when a
+# weak reference has given it out and it is let go of again, unless its owner is told in between. Since then what torch
+# holds counts as a reference, too.
+
+
+class _Telling(ref[Any]):
+    """A weak reference that tells torch whenever it gives out what it refers to."""
+
+    __slots__ = ()
+
+    def __call__(self) -> Any:
+        held = super().__call__()
+        tell = getattr(held, "_fix_weakref", None)
+        if tell is not None:
+            tell()
+        return held
+
+
+def _holders_count() -> bool:
+    tensor = torch.ones(1, requires_grad=True)
+    before = sys.getrefcount(tensor)
+    node = tensor.exp().grad_fn
+    return node is not None and sys.getrefcount(tensor) > before
+
+
+if not TYPE_CHECKING and not _holders_count():
+    ref = _Telling
 
 
 def weak_storage(tensor: torch.Tensor) -> WeakStorage | None:
@@ -381,10 +412,82 @@ def about_to_save(ctx: Any) -> tuple[Any, ...]:
     return getattr(ctx, "to_save", None) or ()
 
 
-_push = _autograd._push_saved_tensors_default_hooks
-_pop = _autograd._pop_saved_tensors_default_hooks
-_top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
-CAN_LOOK_AT_HOOKS = _top is not None
+_top: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+_push: Any = _autograd._push_saved_tensors_default_hooks
+_pop: Any = _autograd._pop_saved_tensors_default_hooks
+
+
+# Note [A stack that is not shown]. Up to 2.7 torch does not tell which hooks are on the stack. What is pushed and
+# popped while torch is patched is written down there; pairs that were pushed before lie below, and are never touched.
+
+
+class _Noted(threading.local):
+    def __init__(self) -> None:
+        self.pairs: list[Hooks] = []
+        self.era = 0
+
+
+_noted = _Noted()
+_era = 0
+
+
+def forget_noted_hooks() -> None:
+    """Torch is patched from now on, or no more: what the threads had pushed until now is not looked at any more."""
+    global _era
+    _era += 1
+
+
+def _noted_pairs() -> list[Hooks]:
+    if _noted.era != _era:
+        _noted.era = _era
+        _noted.pairs.clear()
+    return _noted.pairs
+
+
+def noting_push(push: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that pushes hooks, which also writes them down where torch does not show them."""
+    if _top is not None:
+        return push
+
+    def pushing(*args: Any, **kwargs: Any) -> Any:
+        result = push(*args, **kwargs)
+        _noted_pairs().append((args[0], args[1]))
+        return result
+
+    return pushing
+
+
+def noting_pop(pop: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that pops hooks, which also writes that down where torch does not show them."""
+    if _top is not None:
+        return pop
+
+    def popping(*args: Any, **kwargs: Any) -> Any:
+        result = pop(*args, **kwargs)
+        del _noted_pairs()[-1:]
+        return result
+
+    return popping
+
+
+_push, _pop = noting_push(_push), noting_pop(_pop)
+_disable_hooks: Any = _autograd._saved_tensors_hooks_disable
+_enable_hooks: Any = _autograd._saved_tensors_hooks_enable
+
+
+def hides_hooks() -> bool:
+    """Whether this thread has save hooks that torch does not show and nobody has seen being pushed."""
+    if _top is not None or _noted_pairs() or not _hooks_enabled():
+        return False
+    try:
+        _disable_hooks("torchguard asks whether there are any")
+    except RuntimeError:
+        return True
+    finally:
+        _enable_hooks()
+    return False
+
+
 _hooks_enabled: Callable[[], bool] = getattr(_autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 
 #: Where torch.func switches save hooks off and on again, by name: patched so that the guard can step aside.
@@ -413,16 +516,10 @@ def push_hooks(pair: Hooks) -> None:
     _push(*pair)
 
 
-def pop_hooks() -> bool:
-    """Pop the innermost pair of save hooks; where this torch shows none, whichever it is."""
-    _pop()
-    return True
-
-
 def top_hooks() -> Hooks | None:
     """The innermost pair of save hooks of this thread."""
     if _top is None:
-        return None
+        return _noted_pairs()[-1] if _noted_pairs() else None
     pair = _top(True)
     return None if pair is None else (pair[0], pair[1])
 
@@ -803,11 +900,6 @@ def missing() -> list[str]:
     told = []
     if not CAN_PROBE_COUNTERS:
         told.append("torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions")
-    if _top is None:
-        told.append(
-            "torch has no _top_saved_tensors_default_hooks: guards must be left in the order of entering, and what is "
-            "saved under a program's own save hooks is not watched"
-        )
     if _use_count is None:
         told.append("torch has no Tensor._use_count: under watch(), x.data = y on a saved tensor")
     if not hasattr(getattr(_autograd, "SavedTensor", None), "data"):

@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Iterable
 from types import CodeType
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 
 from torchguard import _memory, _torch
 from torchguard._places import Instruction
+from torchguard._torch import ref
 
 _SLACK = 1024
 _WRITES_KEPT = 256

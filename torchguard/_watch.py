@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
-from weakref import ref
 
 import torch
 
@@ -31,6 +30,7 @@ from torchguard._patching import (
     without_collections,
 )
 from torchguard._saves import LEDGER, Save
+from torchguard._torch import ref
 from torchguard._traces import TRACES, Written
 from torchguard._writers import Writer
 

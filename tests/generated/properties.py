@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from harness import program_hooks
 
 import torchguard
 from generated.runs import Outcome, Program, Recorder, cloning, differ, quiet, run, same_bits
@@ -184,9 +185,8 @@ def _same_error(a: tuple[str, str], b: tuple[str, str]) -> bool:
 
 
 def _torch_now() -> Any:
-    autograd: Any = torch._C._autograd
     return (
-        autograd._top_saved_tensors_default_hooks(True),
+        program_hooks(),
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
         torch.is_grad_enabled(),
