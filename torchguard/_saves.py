@@ -248,7 +248,7 @@ class Save:
             kind = type(self.tensor)
             if kind not in _memory.PLAIN_TYPES and not _torch.is_wrapper(self.tensor):
                 copy = copy.as_subclass(kind)
-            return _torch.wrapped_like(self.tensor, copy)
+            return _torch.in_place_of(self.tensor, copy)
 
     @property
     def is_taken(self) -> bool:

@@ -271,6 +271,21 @@ def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return memory
 
 
+def in_place_of(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """The same, so that autograd can be given it instead of ``tensor``: a wrapper of a transform that is over is one, too.
+
+    What is computed from such a wrapper has no history outside the transform; what is computed from a tensor that
+    autograd gives the history of a save, has.
+    """
+    if tensor is not (inner := behind(tensor)) and _transforms.maybe_get_level(tensor) < 0:
+        level = _transforms._grad_increment_nesting()
+        try:
+            return _transforms._wrap_for_grad(wrapped_like(inner, memory), level)
+        finally:
+            _transforms._grad_decrement_nesting()
+    return wrapped_like(tensor, memory)
+
+
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Leave the torch.func transforms that are on in this thread for a block: it calls a custom Function, say."""

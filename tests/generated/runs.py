@@ -282,6 +282,15 @@ def cloning(refusing: bool = True) -> AbstractContextManager[Any]:
     return _also_under_the_programs_hooks((pack, unpack), under)
 
 
+def unchecking() -> AbstractContextManager[Any]:
+    """What PyTorch would do if it compared no versions: backward reads what is there."""
+
+    def as_it_is(pair: Hooks) -> Hooks:
+        return pair
+
+    return _also_under_the_programs_hooks((Save, lambda save: save.tensor), as_it_is)
+
+
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
@@ -358,7 +367,11 @@ class Recorder:
 
             def unpack(both: Any) -> torch.Tensor:
                 self.look()
-                return pair[1](both[0])
+                result = pair[1](both[0])
+                save = both[1]
+                # A copy holds what was saved, whatever has become of the memory since.
+                self.read = self.read or (save.is_changed() and bytes_of(result) != save.bytes)
+                return result
 
             return pack, unpack
 
