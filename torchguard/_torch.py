@@ -272,7 +272,7 @@ def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
 
 
 def in_place_of(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """The same, so that autograd can be given it instead of ``tensor``: a wrapper of a transform that is over is one, too.
+    """The same, so that autograd can be given it instead of ``tensor``; here wrappers of finished transforms count, too.
 
     What is computed from such a wrapper has no history outside the transform; what is computed from a tensor that
     autograd gives the history of a save, has.
@@ -610,6 +610,17 @@ def reading_node() -> str | None:
     """Name of the node that backward runs in this thread right now."""
     current = getattr(_C, "_current_autograd_node", lambda: None)()
     return None if current is None else str(current.name())
+
+
+def is_of_torch(node: type) -> bool:
+    """Whether nodes of this type compute what a derivative of torch's own says, and no Function of anybody's."""
+    return node.__module__ == "builtins" and node.__name__ != "CppFunction"
+
+
+def reader_writes_to_nothing() -> bool:
+    """Whether what backward runs in this thread right now is known to leave what it reads as it is."""
+    current = getattr(_C, "_current_autograd_node", lambda: None)()
+    return current is not None and is_of_torch(type(current))
 
 
 #: What a node of batch normalisation saves and, in training mode, does not use.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import torchguard
-from generated.runs import Outcome, Program, Recorder, cloning, differ, quiet, run, same_bits, unchecking
+from generated.runs import Outcome, Program, Recorder, cloning, differ, quiet, run, same_bits
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class Known:
         truth: what it does where each save is cloned.
         written: whether the bytes of a live save change silently.
         read: whether backward reads such a save.
-        touched: whether the bytes of a live save change, in whatever way.
+        touched: whether the bytes of a live save change, in whatever way, also after PyTorch would have refused.
         repaired: what it does where each save is cloned and no version compared.
         wrong: names of the results that are not the truth, where plain PyTorch finishes.
         saves: how many tensors autograd saves.
         healed: names of the results that would not be the truth if PyTorch compared no versions.
+        lasting: names of what outlives it where it goes on although PyTorch refuses it (a cycle by ``create_graph=True``).
     """
 
     plain: Outcome
@@ -62,6 +63,7 @@ class Known:
     wrong: list[str]
     saves: int
     healed: list[str]
+    lasting: set[str]
 
     @property
     def kind(self) -> str:
@@ -85,20 +87,24 @@ def known(program: Program) -> Known:
     if plain.error is None and truth.error is None:
         wrong = differ(plain.results, truth.results)
     del recorded
+    touched, lasting = recorder.touched, set(plain.alive)
     if plain.error is not None:
+        further = Recorder(refusing=False)
         with quiet():
-            unchecked = run(program, unchecking(), threads=False)
+            unchecked = run(program, further.hooks(), further.look, threads=False)
         healed = differ(unchecked.results, repaired.results)
         if (unchecked.error is None) != (repaired.error is None):
             healed.append("the error")
+        touched = touched or further.touched
+        lasting.update(unchecked.alive, repaired.alive)
     return Known(
-        plain, truth, recorder.changed, recorder.read, recorder.touched, repaired, wrong, recorder.saves, healed
+        plain, truth, recorder.changed, recorder.read, touched, repaired, wrong, recorder.saves, healed, lasting
     )
 
 
 Make = Callable[[], torchguard.Guard]
 
-#: The variable by which ``tools/fuzz.py`` tells the processes that it starts.
+#: The variable by which ``tools/fuzz.py`` tells the processes that it starts: ``"1"`` for all, ``"read"`` for ``AT_READ``.
 ALL_MODES = "TORCHGUARD_FUZZ_ALL_MODES"
 
 MODES: dict[str, Make] = {
@@ -107,18 +113,26 @@ MODES: dict[str, Make] = {
     "strict(every_call)": lambda: torchguard.strict(every_call=True),
     "warn(every_call)": lambda: torchguard.warn(every_call=True),
 }
-#: Under these some properties do not hold yet (docs/limits.md): they are searched for by ``make fuzz ARGS=--all-modes``.
+#: And those that speak when backward reads.
+AT_READ: dict[str, Make] = {
+    "strict(at=read)": lambda: torchguard.strict(at="read"),
+    "warn(at=read)": lambda: torchguard.warn(at="read"),
+    "repair": lambda: torchguard.repair(),
+    "audit": lambda: torchguard.audit(),
+}
+ALL = {**MODES, **AT_READ}
 if os.environ.get(ALL_MODES):
-    MODES["strict(at=read)"] = lambda: torchguard.strict(at="read")
-    MODES["repair"] = lambda: torchguard.repair()
+    MODES = AT_READ if os.environ[ALL_MODES] == "read" else ALL
 
 
 def failures(
-    program: Program, modes: dict[str, Make] = MODES, facts: Known | None = None, collecting: bool = False
+    program: Program, modes: dict[str, Make] | None = None, facts: Known | None = None, collecting: bool = False
 ) -> list[Failure]:
     """The properties that do not hold; ``collecting``: with the garbage collector on."""
     facts = facts or known(program)
-    return [failure for mode, make in modes.items() for failure in _under(program, facts, mode, make, collecting)]
+    return [
+        failure for mode, make in (modes or MODES).items() for failure in _under(program, facts, mode, make, collecting)
+    ]
 
 
 def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bool) -> list[Failure]:
@@ -175,8 +189,7 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
                 fail("not repaired", ", ".join(changed))
         elif (changed := same_bits(outcome.results, plain.results)) and not found:
             fail("changed", ", ".join(changed))
-        # A program that goes on for being repaired may end in a cycle of its own (``create_graph=True``).
-        more = set(outcome.alive) - set(plain.alive) - set(facts.repaired.alive if repairs else ())
+        more = set(outcome.alive) - (facts.lasting if repairs else set(plain.alive))
         if more and not found:
             fail("kept", ", ".join(sorted(more)))
     return found

@@ -282,15 +282,6 @@ def cloning(refusing: bool = True) -> AbstractContextManager[Any]:
     return _also_under_the_programs_hooks((pack, unpack), under)
 
 
-def unchecking() -> AbstractContextManager[Any]:
-    """What PyTorch would do if it compared no versions: backward reads what is there."""
-
-    def as_it_is(pair: Hooks) -> Hooks:
-        return pair
-
-    return _also_under_the_programs_hooks((Save, lambda save: save.tensor), as_it_is)
-
-
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
@@ -346,9 +337,13 @@ class Recorder:
         read: whether backward has read one that had.
         touched: whether the bytes of any have changed, in whatever way.
         saves: how many there were.
+
+    Args:
+        refusing: what PyTorch would refuse is refused; otherwise backward reads what is there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, refusing: bool = True) -> None:
+        self._refusing = refusing
         self._live: weakref.WeakSet[_Recorded] = weakref.WeakSet()
         self.changed = False
         self.read = False
@@ -384,7 +379,9 @@ class Recorder:
         return save
 
     def _unpack(self, save: _Recorded) -> torch.Tensor:
-        save.check()
+        if self._refusing:
+            save.check()
+        self.touched = self.touched or save.is_changed(refused=True)
         self.read = self.read or save.is_changed()
         self.changed = self.changed or self.read
         return save.tensor
