@@ -378,7 +378,7 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 def handed_out(proof: torch.Tensor) -> torch.Tensor:
     """What backward may read in the place of a save: the proof or, where what reads may write to it, a copy."""
-    if _torch.reader_writes_to_nothing():
+    if _torch.reader_writes_to_nothing() and not proof.is_inference():
         return proof.detach()
     COUNTS.copies += 1
     return proof.clone()

@@ -272,7 +272,7 @@ def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
 
 
 def in_place_of(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """The same, so that autograd can be given it instead of ``tensor``; here wrappers of finished transforms count, too.
+    """The same, to be given to autograd instead of ``tensor``: with the wrapper of a transform that is over.
 
     What is computed from such a wrapper has no history outside the transform; what is computed from a tensor that
     autograd gives the history of a save, has.
@@ -280,7 +280,8 @@ def in_place_of(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     if tensor is not (inner := behind(tensor)) and _transforms.maybe_get_level(tensor) < 0:
         level = _transforms._grad_increment_nesting()
         try:
-            return _transforms._wrap_for_grad(wrapped_like(inner, memory), level)
+            wrapped: torch.Tensor = _transforms._wrap_for_grad(wrapped_like(inner, memory), level)
+            return wrapped
         finally:
             _transforms._grad_decrement_nesting()
     return wrapped_like(tensor, memory)
