@@ -150,10 +150,24 @@ def test_bad_use_gets_one_clear_line(name: str) -> None:
     assert len(message) <= 120
 
 
-def test_strict_used_without_calling_it_says_so() -> None:
-    with pytest.raises(TypeError, match=r"^strict\(\)") as error:
-        strict(lambda: None)  # type: ignore[misc]
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("name", ["strict", "warn", "repair", "audit", "watch", "Guard"])
+def test_a_decorator_without_parentheses_says_what_would_be_right(name: str) -> None:
+    with pytest.raises(TypeError) as error:
+        getattr(torchguard, name)(lambda: None)
+    assert str(error.value) == (
+        f"torchguard: as a decorator it is @torchguard.{name}(), with parentheses, not @torchguard.{name}"
+    )
+
+
+@pytest.mark.parametrize("name", ["strict", "warn", "repair", "audit", "watch"])
+def test_what_comes_without_its_keyword_is_told(name: str) -> None:
+    with pytest.raises(TypeError) as error:
+        getattr(torchguard, name)("read")
+    assert str(error.value) == (
+        f"torchguard: {name}() takes at=, every_call= and suppressions=, by keyword, not 'read'"
+    )
+    with pytest.raises(TypeError, match=r"by keyword, not a list$"):
+        getattr(torchguard, name)(["train.py -- a reason that is written down at some length"])
 
 
 def test_a_guard_that_was_entered_twice_still_guards() -> None:

@@ -91,18 +91,34 @@ def test_a_write_through_an_alias_that_was_made_before_the_guard() -> None:
     assert (
         str(caught(lambda: write_through_alias_from_before(alias, x)))
         == f"""\
-mul_() through an alias would corrupt a tensor saved for backward
+mul_(), which autograd cannot see, would corrupt a tensor saved for backward
 
   saved     {HERE}:{at["saved"]}  y = x * x  # saved     float32[3] on cpu, by mul
-  aliased   (the alias was made before the guard came, or by a route it does not follow)
+  aliased   (none was seen: it is from before the guard, of a route it does not follow, or of torch's own making)
   written   {HERE}:{at["written"]}  alias.mul_(2)  # written     3 of 3 elements
 
   autograd cannot see this write: it does not move the version counter of the saved tensor.
   If backward reads the saved tensor, the gradient is wrong. Without torchguard, backward() would
   finish with wrong gradients and no error.
-  fix:   do it after backward(), or on x.data.clone(); to have autograd check it, use x.detach() under torch.no_grad()
+  fix:   do it after backward(), or on a clone()
   allow: with torchguard.allow("why"): ..."""
     )
+
+
+def test_where_there_is_no_alias_none_is_told() -> None:
+    """What torch.func saves is a wrapper around ``x``, with a counter of its own."""
+
+    def write() -> None:
+        x = torch.ones(3)
+        _, pull = torch.func.vjp(lambda t: t * t, x)
+        x.mul_(2)
+        pull(torch.ones(3))
+
+    text = str(caught(write))
+    assert text.startswith("mul_(), which autograd cannot see, would corrupt a tensor saved for backward\n")
+    assert "through" not in text
+    assert "x.data" not in text
+    assert "  fix:   do it after backward(), or on a clone()\n" in text
 
 
 def rebind() -> None:
@@ -428,7 +444,10 @@ def plain(**changes: Any) -> Violation:
 def test_places_that_are_not_known_say_so() -> None:
     text = str(plain(saved=None, aliased=None, written=None))
     assert "  saved     (no user code on the stack)     float32[3] on cpu, by sigmoid\n" in text
-    assert "  aliased   (the alias was made before the guard came, or by a route it does not follow)\n" in text
+    assert (
+        "  aliased   (none was seen: it is from before the guard, of a route it does not follow, or of torch's own making)\n"
+        in text
+    )
     assert "  written   (no user code on the stack)     3 of 3 elements\n" in text
 
 

@@ -126,6 +126,53 @@ def test_the_source_tells_who_writes(write: Any, operation: str, source: str) ->
     assert "y.data" in violation.aliased.source
 
 
+def test_what_an_operation_in_place_on_a_view_saved_is_refused_with_the_places() -> None:
+    """Its node shows nobody what it has saved."""
+
+    def program(alias: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        y = torch.rand(3, 4, requires_grad=True) * 1
+        y[0].mul_(alias(y)[0])
+        y.sum().backward()
+
+    words = plain_refusal(lambda: program(torch.Tensor.detach))
+    with watch(), pytest.raises(SavedTensorCorruptionError) as caught:
+        program(lambda x: x.data)
+    violation = caught.value.violation
+    assert violation.refusal == words
+    assert violation.aliased is not None
+    assert "lambda x: x.data" in violation.aliased.source
+    assert violation.read is not None
+    assert violation.read.source == "y.sum().backward()"
+    assert str(violation).startswith("a write, perhaps through .data, moved the version of a tensor saved for backward")
+
+
+def test_of_two_that_it_may_be_none_is_named() -> None:
+    with watch() as guard, pytest.raises(RuntimeError) as caught:
+        y, z = torch.rand(3, 4, requires_grad=True) * 1, torch.rand(3, 4, requires_grad=True) * 1
+        y[0].mul_(y.data[0])
+        z[0].add_(z.data[0])
+        (y + z).sum().backward()
+    assert type(caught.value) is RuntimeError
+    assert guard.violations == []
+
+
+def test_an_argument_of_a_method_is_read_and_of_a_function_written() -> None:
+    with watch():
+        y = leaf()
+        z = y * y
+        with torch.no_grad():
+            y.mul_(y.data)
+        with pytest.raises(SavedTensorCorruptionError) as caught:
+            z.sum().backward()
+    assert caught.value.violation.operation == ""
+    with watch():
+        y = leaf().exp()
+        torch.sigmoid_(y.data)
+        with pytest.raises(SavedTensorCorruptionError) as caught:
+            y.sum().backward()
+    assert caught.value.violation.operation == "sigmoid_()"
+
+
 def test_the_alias_that_was_written_through_is_told_from_one_that_was_read() -> None:
     with watch():
         y = leaf().exp()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def _violations(message: str, roots: Any, frame: Any) -> Iterator[Violation]:
         return
     now, expected = int(found[1]), int(found[2])
     read = _places.place_of(_places.user_instruction(frame))
-    for node, tensor in _torch.refused_saves(roots, message):
+    for node, tensor in list(_torch.refused_saves(roots, message)) or _out_of_sight(message, now):
         storage = _memory.storage_of(tensor)
         written = TRACES.written_by(storage, expected)
         aliases = [] if written is not None else TRACES.taken_at(storage, now)
@@ -80,7 +81,7 @@ def _violations(message: str, roots: Any, frame: Any) -> Iterator[Violation]:
             aliased=aliased,
             written=place or read,
             read=read,
-            saved_by=operation_of_node(type(node).__name__),
+            saved_by="" if node is None else operation_of_node(type(node).__name__),
             elements=tensor.numel(),
             of=tensor.numel(),
             caught="read",
@@ -88,6 +89,24 @@ def _violations(message: str, roots: Any, frame: Any) -> Iterator[Violation]:
             refusal=message,
             **_memory.describe(tensor),
         )
+
+
+def _out_of_sight(message: str, now: int) -> list[tuple[None, Any]]:
+    """What PyTorch may have refused where no node shows it, as what operations in place on a view save (CopySlices).
+
+    If there is just one memory of that version, with an alias taken of it, it is that one; of several, nobody can tell.
+    """
+    kind = _TYPE.search(message)
+    found = {
+        _memory.storage_of(tensor): tensor
+        for tensor in TRACES.at_version(now)
+        if kind is not None and tensor.type() == kind[1]
+    }
+    return [(None, tensor) for tensor in found.values()] if len(found) == 1 else []
+
+
+#: The type of the tensor that a refusal is about.
+_TYPE = re.compile(r"\[(torch\.\w+Tensor) \[")
 
 
 def _told_by_write(written: Written) -> tuple[str, Place | None, Place | None]:
@@ -132,6 +151,12 @@ class _Source:
         self._tree = tree
         self._followed: set[ast.AST] = set()
         self._parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        self._imported = {
+            (name.asname or name.name).partition(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in node.names
+        }
 
     @staticmethod
     @functools.lru_cache(maxsize=16)
@@ -187,7 +212,7 @@ class _Source:
             elif isinstance(parent, ast.keyword) and parent.arg == "out":
                 return "out=", getattr(node, "lineno", 0)
             elif isinstance(parent, ast.Call) and node in parent.args:
-                name = parent.func.attr if isinstance(parent.func, ast.Attribute) else getattr(parent.func, "id", "")
+                name = self._name_of_function(parent.func)
                 return (title_of(name), parent.lineno) if is_in_place(name) and parent.args[0] is node else None
             elif isinstance(parent, ast.Assign) and parent.value is node:
                 return self._write_to_name(parent)
@@ -195,6 +220,15 @@ class _Source:
                 node = parent
             else:
                 return None
+
+    def _name_of_function(self, called: ast.AST) -> str:
+        """The last name of a function; ``""`` for a method, which writes to something else: ``y.mul_(x.data)``."""
+        if not isinstance(called, ast.Attribute):
+            return getattr(called, "id", "")
+        owner = called.value
+        while isinstance(owner, ast.Attribute):
+            owner = owner.value
+        return called.attr if isinstance(owner, ast.Name) and owner.id in self._imported else ""
 
     def _write_to_name(self, assignment: ast.Assign) -> tuple[str, int] | None:
         """The first write to the variable that an alias is assigned to, if it is in the same function."""

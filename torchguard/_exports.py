@@ -309,7 +309,7 @@ OWN_NODES: set[type] = set()
 
 def learn_node(node: type) -> None:
     """Take down a type of node, unless it belongs to a Function of the user's."""
-    if node.__module__ == "builtins" and node.__name__ != "CppFunction":
+    if _torch.is_of_torch(node):
         OWN_NODES.add(node)
 
 

@@ -34,7 +34,7 @@ from torchguard._inputs import read_recording, saved_before
 from torchguard._overlap import overlaps
 from torchguard._reads import collector, export_behind, is_unused
 from torchguard._rereads import Reread, running
-from torchguard._saves import LEDGER, OWN_FILES, Save, copy_of, extent_of, operation_of_node
+from torchguard._saves import LEDGER, OWN_FILES, Save, copy_of, extent_of, handed_out, operation_of_node
 from torchguard._torch import Hooks, ref
 from torchguard._violation import Kind
 
@@ -571,7 +571,7 @@ def _as_it_was(save: HookedSave, read: torch.Tensor) -> torch.Tensor | None:
         return None
     with _torch.hidden():
         if read.shape == proof.shape and read.dtype == proof.dtype:
-            return proof.clone()
+            return handed_out(proof)
         saved = save.tensor
         if not _lies_over(read, saved) or not _memory.can_be_copied([saved, read]):
             return None

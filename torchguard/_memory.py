@@ -83,6 +83,13 @@ def _span(tensor: torch.Tensor) -> Span | None:
     )
 
 
+def is_empty(tensor: torch.Tensor) -> bool:
+    """Whether it is a strided tensor without an element: nobody can change what it holds."""
+    return (
+        not tensor.is_nested and tensor.layout is torch.strided and tensor.device.type != "meta" and not tensor.numel()
+    )
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """The tensor's version, or -1 where it keeps none (a tensor made in inference mode)."""
     try:

@@ -139,7 +139,7 @@ def _examine(save: Save) -> torch.Tensor | None:
     if not seen and not refused and (not remarks.exports or remarks.proof is None):
         return None
     with SLOW_PATH:
-        if not refused and save.is_intact:
+        if save.is_intact and (not refused or _verdict.can_be_repaired(save)):
             remarks.suspect = None  # perturbed and restored, or another part of the alias's memory
             return None
         if is_unused(save):

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from types import CodeType
 from typing import Any, ClassVar
@@ -179,8 +181,9 @@ class Save:
             if at_most is not None and tensor.numel() * tensor.element_size() > at_most:
                 return
             remarks.lent = False
-            if remarks.proof is None and _memory.span_of(tensor) is not None and _memory.readable(tensor):
-                remarks.proof = copy_of(tensor)
+            has_bytes = _memory.span_of(tensor) is not None or _memory.is_empty(tensor)
+            if remarks.proof is None and has_bytes and _memory.readable(tensor):
+                remarks.proof = _shared_copy_of(tensor)
 
     def keep_small_proof(self, at_most: int) -> None:
         """The same for a write that nobody will see coming.
@@ -248,11 +251,11 @@ class Save:
         proof = None if self.remarks is None else self.remarks.proof
         assert proof is not None
         with _torch.hidden():
-            copy = proof.clone()  # and not the proof: what reads may write to it, and may read again
+            copy = handed_out(proof)
             kind = type(self.tensor)
             if kind not in _memory.PLAIN_TYPES and not _torch.is_wrapper(self.tensor):
                 copy = copy.as_subclass(kind)
-            return _torch.wrapped_like(self.tensor, copy)
+            return _torch.in_place_of(self.tensor, copy)
 
     @property
     def is_taken(self) -> bool:
@@ -375,6 +378,45 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
         reason = str(error).partition("\n")[0] or type(error).__name__
         _policy.note_unwatched(f"the bytes of some saves: they could not be copied ({reason})")
         return None
+
+
+def handed_out(proof: torch.Tensor) -> torch.Tensor:
+    """What backward may read in the place of a save: the proof or, where what reads may write to it, a copy."""
+    if _torch.reader_writes_to_nothing() and not proof.is_inference():
+        return proof.detach()
+    COUNTS.copies += 1
+    return proof.clone()
+
+
+class _Copies(threading.local):
+    """The copies that were made in a block of :func:`one_copy_each`, by what they are of; None outside."""
+
+    made: dict[Any, torch.Tensor | None] | None = None
+
+
+_copies = _Copies()
+
+
+@contextmanager
+def one_copy_each() -> Iterator[None]:
+    """Nothing is written to in this block: saves of the same memory, of which proof is kept, share one copy."""
+    _copies.made = {}
+    try:
+        yield
+    finally:
+        _copies.made = None
+
+
+def _shared_copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    made = _copies.made
+    if made is None or type(tensor) not in _memory.PLAIN_TYPES:
+        return copy_of(tensor)
+    key = (_memory.span_of(tensor), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+    if key[0] is None:
+        return copy_of(tensor)
+    if key not in made:
+        made[key] = copy_of(tensor)
+    return made[key]
 
 
 def operation_of_node(name: str) -> str:

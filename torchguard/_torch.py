@@ -302,6 +302,22 @@ def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return memory
 
 
+def in_place_of(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """The same, to be given to autograd instead of ``tensor``: with the wrapper of a transform that is over.
+
+    What is computed from such a wrapper has no history outside the transform; what is computed from a tensor that
+    autograd gives the history of a save, has.
+    """
+    if tensor is not (inner := behind(tensor)) and _transforms.maybe_get_level(tensor) < 0:
+        level = _transforms._grad_increment_nesting()
+        try:
+            wrapped: torch.Tensor = _transforms._wrap_for_grad(wrapped_like(inner, memory), level)
+            return wrapped
+        finally:
+            _transforms._grad_decrement_nesting()
+    return wrapped_like(tensor, memory)
+
+
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Leave the torch.func transforms that are on in this thread for a block: it calls a custom Function, say."""
@@ -704,6 +720,17 @@ def reader() -> tuple[int, str] | None:
     """What tells the node that backward runs in this thread right now from every other."""
     current = getattr(_C, "_current_autograd_node", lambda: None)()
     return None if current is None else (sequence_number(current), str(current.name()))
+
+
+def is_of_torch(node: type) -> bool:
+    """Whether nodes of this type compute what a derivative of torch's own says, and no Function of anybody's."""
+    return node.__module__ == "builtins" and node.__name__ != "CppFunction"
+
+
+def reader_writes_to_nothing() -> bool:
+    """Whether what backward runs in this thread right now is known to leave what it reads as it is."""
+    current = getattr(_C, "_current_autograd_node", lambda: None)()
+    return current is not None and is_of_torch(type(current))
 
 
 #: What a node of batch normalisation saves and, in training mode, does not use.

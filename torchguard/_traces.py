@@ -144,6 +144,16 @@ class Traces:
         sites = [site for trace in traces for key, site in trace.items() if key > 1 and site.version < now]
         return [(site.code, site.offset) for site in reversed(sites)]
 
+    def at_version(self, now: int) -> list[torch.Tensor]:
+        """The living tensors at version ``now`` of which an alias was taken before they came to it."""
+        found = []
+        for trace in list(self.by_tensor.values()):
+            tensor = trace[0]()
+            earlier = any(site.version < now for key, site in list(trace.items()) if key > 1)
+            if tensor is not None and earlier and _memory.version_of(tensor) == now:
+                found.append(tensor)
+        return found
+
     def written_by(self, storage: int, expected: int) -> Written | None:
         """The latest silent write to a storage after something was saved there at version ``expected``."""
         return next((written for written in reversed(list(self.writes)) if written.touched(storage, expected)), None)

@@ -307,7 +307,13 @@ class Violation:
 
     def _headline(self) -> str:
         wording = _WORDINGS[self.kind]
-        headline = "{write}" if self.kind == "refused" and self.aliased is None else wording.headline
+        headline = wording.headline
+        if self._alias_unseen:
+            headline = "{write}, which autograd cannot see,"
+        elif self.kind == "refused" and self.aliased is None:
+            headline = "{write}"
+        elif self.kind == "refused" and not self.operation:
+            headline = "{write}, perhaps through {alias},"
         what = headline.format(write=self.operation or "a write", alias=self._alias())
         corrupts = "has corrupted" if self.largest_difference is not None else "may have corrupted"
         if self.caught == "write":
@@ -348,11 +354,18 @@ class Violation:
     def _writer_unknown(self) -> bool:
         return not _WORDINGS[self.kind].seen and not self.operation
 
+    @property
+    def _alias_unseen(self) -> bool:
+        """There may be none: ``x`` itself is written to, say, and torch.func saved what it had wrapped around it."""
+        return self.kind == "write" and self.aliased is None
+
     def _unknown(self, label: str) -> str:
         if label == "saved" and self.kind == "refused":
             return "(watch() does not keep where: torchguard.strict() does)"
         if label == "aliased":
-            return "(the alias was made before the guard came, or by a route it does not follow)"
+            return (
+                "(none was seen: it is from before the guard, of a route it does not follow, or of torch's own making)"
+            )
         if label == "written" and self._writer_unknown:
             return f"({_WORDINGS[self.kind].unknown_writer})"
         return "(no user code on the stack)"
@@ -365,6 +378,8 @@ class Violation:
 
     def _ways_out(self, paint: Any) -> list[str]:
         fix = _WORDINGS[self.kind].fix.format(name=self._aliased_name())
+        if self._alias_unseen:
+            fix = "do it after backward(), or on a clone()"
         return [
             f"  {paint('fix:  ', 'fix')} {fix}",
             f'  {paint("allow:", "fix")} with torchguard.allow("why"): ...',

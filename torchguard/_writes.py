@@ -18,9 +18,9 @@ from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._overlap import overlaps
 from torchguard._rehearsal import Rehearsal, rehearse
 from torchguard._rereads import Reread, note_write, rereads_of, running
-from torchguard._saves import LEDGER, Save, extent_of, is_foreign
+from torchguard._saves import LEDGER, Save, extent_of, is_foreign, one_copy_each
 from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
-from torchguard._writers import Writer
+from torchguard._writers import OUT, Writer, tensors_in
 
 #: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
 _TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
@@ -212,6 +212,8 @@ def look(
     """
     targets = [(target, False) for target in writer.targets(args, kwargs)]
     targets += [(part, True) for target, _ in targets for part in _torch.parts_of(target)]
+    undecided: list[tuple[Save, Kind, str]] = []
+    spared: list[Save] = []
     for target, inside in targets:
         storage = _memory.storage_of(target)
         if not storage:
@@ -238,20 +240,31 @@ def look(
             if not _may_write_to(target, save):
                 if repairs and counted and save.checked and not save.moved and save.shares_counter(target):
                     # Another part of it, but the version counts for all parts.
-                    save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
+                    if _lies_apart(target, save):
+                        spared.append(save)
+                    else:
+                        undecided.append((save, "tracked", writer.title))
                 continue
             silent = save.stashed or lent or not (counted and save.shares_counter(target))
             if silent and save.certain:
                 hits.append(Hit(save, target, counted))
             elif preserved and save.checked:
                 # The version moves, and will be put back.
-                here = _places.user_instruction(sys._getframe(2))
-                save.let_bytes_decide("uncounted", f"{writer.title} under {PRESERVES}", here)
+                undecided.append((save, "uncounted", f"{writer.title} under {PRESERVES}"))
             elif not save.checked:
                 kind: Kind = "unchecked" if not silent else ("write" if counted else "uncounted")
-                save.let_bytes_decide(kind, writer.title, _places.user_instruction(sys._getframe(2)))
+                undecided.append((save, kind, writer.title))
             elif repairs:
-                save.let_bytes_decide("tracked", writer.title, _places.user_instruction(sys._getframe(2)))
+                undecided.append((save, "tracked", writer.title))
+    if undecided:
+        here = _places.user_instruction(sys._getframe(2))
+        with one_copy_each():
+            for save, kind, title in undecided:
+                save.let_bytes_decide(kind, title, here)
+    if spared:
+        touched = {id(save) for save, _, _ in undecided} | {id(hit.save) for hit in hits}
+        seen += [_Spared(save) for save in spared if id(save) not in touched]
+        spared.clear()
     if hits:  # a call that also writes to the saved tensor itself (``_foreach_``) moves its version: PyTorch refuses it
         counting = [
             target
@@ -262,7 +275,9 @@ def look(
 
 
 class _Spared:
-    """A save whose counter moves under ``watch()`` by a write that has been judged, and would not without."""
+    """A save whose version moves by a write that does it no harm: under ``watch()``, by one that has been judged and
+    would not move it without; under ``repair()``, by one to another part of the memory.
+    """
 
     def __init__(self, save: Save) -> None:
         self._save = save
@@ -277,6 +292,12 @@ def _may_write_to(target: torch.Tensor, save: Save) -> bool:
     if save.moved and not save.stashed:
         return False  # PyTorch refuses this save already
     return _may_overlap(target, save)
+
+
+def _lies_apart(target: torch.Tensor, save: Save) -> bool:
+    """Whether the two are known to share no element."""
+    there, here = _memory.span_of(target), _memory.span_of(save.tensor)
+    return there is not None and here is not None and overlaps(there, here) is False
 
 
 def _is_touched(target: torch.Tensor, entry: Reread) -> bool:
@@ -329,6 +350,8 @@ def _answer(
     rehearsal: Rehearsal | None = None
     with _torch.no_torch_function():
         refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
+        if writer is OUT and torch.is_grad_enabled():  # out= and gradients do not go together, nearly always
+            refused = refused or any(tensor.requires_grad for tensor in tensors_in([*args, *kwargs.values()]))
     if not refused and not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
@@ -352,14 +375,15 @@ def _answer(
 
 def leave_to_the_read(writer: Writer, hits: list[Hit], here: _places.Instruction) -> None:
     """Have the bytes decide about all hits when backward reads."""
-    for hit in hits:
-        kind: Kind = "write"
-        if hit.save.stashed:
-            kind = "stashed"
-        elif not hit.counted and (writer.on_storage or hit.save.shares_counter(hit.target)):
-            kind = "uncounted"
-        alias = ALIASES.taken_at(hit.target, _memory.storage_of(hit.target))
-        hit.save.let_bytes_decide(kind, writer.title, here, alias)
+    with one_copy_each():
+        for hit in hits:
+            kind: Kind = "write"
+            if hit.save.stashed:
+                kind = "stashed"
+            elif not hit.counted and (writer.on_storage or hit.save.shares_counter(hit.target)):
+                kind = "uncounted"
+            alias = ALIASES.taken_at(hit.target, _memory.storage_of(hit.target))
+            hit.save.let_bytes_decide(kind, writer.title, here, alias)
     hits.clear()
 
 
@@ -486,7 +510,7 @@ def keep_before_reshaping(tensor: torch.Tensor, name: str) -> None:
     if _policy.repairer() is None or not LEDGER.any_alive():
         return
     here = _places.user_instruction(sys._getframe(2))
-    with _torch.no_torch_function():
+    with _torch.no_torch_function(), one_copy_each():
         for save in LEDGER.in_storage(_memory.storage_of(tensor)):
             if save.checked and not isinstance(save, Reread) and not save.moved and save.shares_counter(tensor):
                 save.let_bytes_decide("tracked", f"{name}()", here)
@@ -535,6 +559,8 @@ _REBINDING = "x.data = y"
 
 
 def _accepts(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    if tensor.requires_grad and not (value.is_floating_point() or value.is_complex()):
+        return False  # the copy, which requires no gradient, would take it
     try:
         with _torch.hidden():
             copy = _torch.wrapped_like(tensor, _torch.behind(tensor).detach())

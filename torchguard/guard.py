@@ -125,6 +125,7 @@ class Guard(_Block):
             training loop sets it (``guard.step = i``); the trainers' callbacks do so themselves.
 
     Raises:
+        TypeError: where it is used as a decorator without parentheses.
         ValueError: for an action, a moment or a depth that does not exist or a combination that makes no sense, or a
             suppression that cannot be read.
     """
@@ -137,6 +138,8 @@ class Guard(_Block):
         every_call: bool = False,
         suppressions: Suppressions = None,
     ) -> None:
+        if callable(action):
+            raise TypeError(_misused("Guard", action))
         _check("action", action, _config.ACTIONS)
         _check("depth", depth, _config.DEPTHS)
         if not isinstance(every_call, bool):
@@ -381,6 +384,31 @@ def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"torchguard: {name} is one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
+def _by_keyword(preset: F) -> F:
+    """The same, which says how it is written where it is given something without a keyword."""
+    name = preset.__name__
+
+    @functools.wraps(preset)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            raise TypeError(_misused(name, args[0]))
+        return preset(**kwargs)
+
+    return cast("F", checked)
+
+
+def _misused(name: str, given: object) -> str:
+    if callable(given):
+        return f"torchguard: as a decorator it is @torchguard.{name}(), with parentheses, not @torchguard.{name}"
+    return f"torchguard: {name}() takes at=, every_call= and suppressions=, by keyword, not {_short(given)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 30 else f"a {type(value).__name__}"
+
+
+@_by_keyword
 def strict(*, at: Moment | None = None, every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Raise :class:`SavedTensorCorruptionError` at the line that corrupts, before any memory changes.
 
@@ -392,6 +420,7 @@ def strict(*, at: Moment | None = None, every_call: bool = False, suppressions: 
     return Guard("raise", at, every_call=every_call, suppressions=suppressions)
 
 
+@_by_keyword
 def warn(*, at: Moment | None = None, every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Warn with :class:`SavedTensorCorruptionWarning`, once a site; results are those of the unguarded
     program.
@@ -404,6 +433,7 @@ def warn(*, at: Moment | None = None, every_call: bool = False, suppressions: Su
     return Guard("warn", at, every_call=every_call, suppressions=suppressions)
 
 
+@_by_keyword
 def repair(*, at: Moment | None = None, every_call: bool = True, suppressions: Suppressions = None) -> Guard:
     """Hand backward the bytes that were saved, whatever was written since; warn, once a site, of what was repaired.
 
@@ -419,6 +449,7 @@ def repair(*, at: Moment | None = None, every_call: bool = True, suppressions: S
     return Guard("repair", at, every_call=every_call, suppressions=suppressions)
 
 
+@_by_keyword
 def audit(*, at: Moment | None = None, every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """:func:`strict`, and the bytes of every save are kept and compared when backward reads it.
 
@@ -435,6 +466,7 @@ def audit(*, at: Moment | None = None, every_call: bool = False, suppressions: S
     return Guard("raise", at, "bytes", every_call, suppressions)
 
 
+@_by_keyword
 def watch(*, at: Literal["read"] = "read", every_call: bool = False, suppressions: Suppressions = None) -> Guard:
     """Make PyTorch's own check complete, at next to no cost: for production.
 

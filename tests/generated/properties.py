@@ -5,7 +5,7 @@
   the guard speaks.
 * *let through*: plain PyTorch refuses it, and under the guard it passes; *other error*: it is refused in other words.
 * *changed*: under ``warn()``, or under ``strict()`` where that is silent, a result is not the same, bit for bit.
-* *not repaired*: under ``repair()`` a result is not the truth.
+* *not repaired*: under ``repair()`` a result is not the truth; *unsaid*: it is, by what the guard did without a word.
 * *kept*: a tensor outlives the program under the guard, and does not without it.
 * *left*: torch is not as it was found.
 * *crash*: an error that neither PyTorch nor the guard means to raise.
@@ -47,10 +47,12 @@ class Known:
         truth: what it does where each save is cloned.
         written: whether the bytes of a live save change silently.
         read: whether backward reads such a save.
-        touched: whether the bytes of a live save change, in whatever way.
+        touched: whether the bytes of a live save change, in whatever way, also after PyTorch would have refused.
         repaired: what it does where each save is cloned and no version compared.
         wrong: names of the results that are not the truth, where plain PyTorch finishes.
         saves: how many tensors autograd saves.
+        healed: names of the results that would not be the truth if PyTorch compared no versions.
+        lasting: names of what outlives it where it goes on although PyTorch refuses it (a cycle by ``create_graph=True``).
     """
 
     plain: Outcome
@@ -61,6 +63,8 @@ class Known:
     repaired: Outcome
     wrong: list[str]
     saves: int
+    healed: list[str]
+    lasting: set[str]
 
     @property
     def kind(self) -> str:
@@ -80,16 +84,28 @@ def known(program: Program) -> Known:
         repaired = run(program, cloning(refusing=False), threads=False)
         recorder = Recorder()
         recorded = run(program, recorder.hooks(), recorder.look, threads=False)
-    wrong = []
+    wrong, healed = [], []
     if plain.error is None and truth.error is None:
         wrong = differ(plain.results, truth.results)
     del recorded
-    return Known(plain, truth, recorder.changed, recorder.read, recorder.touched, repaired, wrong, recorder.saves)
+    touched, lasting = recorder.touched, set(plain.alive)
+    if plain.error is not None:
+        further = Recorder(refusing=False)
+        with quiet():
+            unchecked = run(program, further.hooks(), further.look, threads=False)
+        healed = differ(unchecked.results, repaired.results)
+        if (unchecked.error is None) != (repaired.error is None):
+            healed.append("the error")
+        touched = touched or further.touched
+        lasting.update(unchecked.alive, repaired.alive)
+    return Known(
+        plain, truth, recorder.changed, recorder.read, touched, repaired, wrong, recorder.saves, healed, lasting
+    )
 
 
 Make = Callable[[], torchguard.Guard]
 
-#: The variable by which ``tools/fuzz.py`` tells the processes that it starts.
+#: The variable by which ``tools/fuzz.py`` tells the processes that it starts: ``"1"`` for all, ``"read"`` for ``AT_READ``.
 ALL_MODES = "TORCHGUARD_FUZZ_ALL_MODES"
 
 MODES: dict[str, Make] = {
@@ -98,18 +114,26 @@ MODES: dict[str, Make] = {
     "strict(every_call)": lambda: torchguard.strict(every_call=True),
     "warn(every_call)": lambda: torchguard.warn(every_call=True),
 }
-#: Under these some properties do not hold yet (docs/limits.md): they are searched for by ``make fuzz ARGS=--all-modes``.
+#: And those that speak when backward reads.
+AT_READ: dict[str, Make] = {
+    "strict(at=read)": lambda: torchguard.strict(at="read"),
+    "warn(at=read)": lambda: torchguard.warn(at="read"),
+    "repair": lambda: torchguard.repair(),
+    "audit": lambda: torchguard.audit(),
+}
+ALL = {**MODES, **AT_READ}
 if os.environ.get(ALL_MODES):
-    MODES["strict(at=read)"] = lambda: torchguard.strict(at="read")
-    MODES["repair"] = lambda: torchguard.repair()
+    MODES = AT_READ if os.environ[ALL_MODES] == "read" else ALL
 
 
 def failures(
-    program: Program, modes: dict[str, Make] = MODES, facts: Known | None = None, collecting: bool = False
+    program: Program, modes: dict[str, Make] | None = None, facts: Known | None = None, collecting: bool = False
 ) -> list[Failure]:
     """The properties that do not hold; ``collecting``: with the garbage collector on."""
     facts = facts or known(program)
-    return [failure for mode, make in modes.items() for failure in _under(program, facts, mode, make, collecting)]
+    return [
+        failure for mode, make in (modes or MODES).items() for failure in _under(program, facts, mode, make, collecting)
+    ]
 
 
 def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bool) -> list[Failure]:
@@ -129,6 +153,13 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
     raises, repairs = guard.action == "raise", str(guard.action) == "repair"
     may_speak = facts.touched if repairs else facts.read if str(guard.at) == "read" else facts.written
     plain = facts.plain
+    refused_alike = (
+        plain.error is not None and outcome.error is not None and _same_error(outcome.error, plain.error, program)
+    )
+    if repairs and not spoke and plain.error is not None and not refused_alike:
+        plain = facts.repaired  # every byte is as it was saved: it goes on, and nobody need know
+        if facts.healed:
+            fail("unsaid", ", ".join(facts.healed))
     if outcome.error is not None and outcome.error[0] == "SavedTensorCorruptionError":
         if not raises:
             fail("crash", "warn() raises")
@@ -154,9 +185,12 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
         if repairs and spoke:
             if outcome.error is None and (changed := differ(outcome.results, facts.repaired.results)) and not found:
                 fail("not repaired", ", ".join(changed))
+        elif plain is facts.repaired:
+            if (changed := differ(outcome.results, plain.results)) and not found:
+                fail("not repaired", ", ".join(changed))
         elif (changed := same_bits(outcome.results, plain.results)) and not found:
             fail("changed", ", ".join(changed))
-        more = set(outcome.alive) - set(plain.alive)
+        more = set(outcome.alive) - (facts.lasting if repairs else set(plain.alive))
         if more and not found:
             fail("kept", ", ".join(sorted(more)))
     return found

@@ -337,9 +337,13 @@ class Recorder:
         read: whether backward has read one that had.
         touched: whether the bytes of any have changed, in whatever way.
         saves: how many there were.
+
+    Args:
+        refusing: what PyTorch would refuse is refused; otherwise backward reads what is there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, refusing: bool = True) -> None:
+        self._refusing = refusing
         self._live: weakref.WeakSet[_Recorded] = weakref.WeakSet()
         self.changed = False
         self.read = False
@@ -358,7 +362,11 @@ class Recorder:
 
             def unpack(both: Any) -> torch.Tensor:
                 self.look()
-                return pair[1](both[0])
+                result = pair[1](both[0])
+                save = both[1]
+                # A copy holds what was saved, whatever has become of the memory since.
+                self.read = self.read or (save.is_changed() and bytes_of(result) != save.bytes)
+                return result
 
             return pack, unpack
 
@@ -371,7 +379,9 @@ class Recorder:
         return save
 
     def _unpack(self, save: _Recorded) -> torch.Tensor:
-        save.check()
+        if self._refusing:
+            save.check()
+        self.touched = self.touched or save.is_changed(refused=True)
         self.read = self.read or save.is_changed()
         self.changed = self.changed or self.read
         return save.tensor
