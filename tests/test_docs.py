@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -30,7 +31,8 @@ PAGE = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
 
 
 def test_the_tutorial_does_what_it_shows() -> None:
-    found = doctest.testfile(str(ROOT / "docs" / "tutorial.md"), module_relative=False)
+    page = str(ROOT / "docs" / "tutorial.md")
+    found = doctest.testfile(page, module_relative=False, optionflags=doctest.ELLIPSIS)
     assert found.attempted > 30
     assert found.failed == 0
 
@@ -60,12 +62,14 @@ def test_every_page_is_in_the_navigation() -> None:
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 DONE = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted(HOWTO.glob("*.md"))]
-NEEDS = {"lightning": "lightning", "transformers": "transformers", "ci": "yaml"}
+NEEDS = {"lightning": "lightning", "transformers": "transformers"}
 
 
 @pytest.mark.parametrize("page", DONE, ids=lambda page: page.stem)
 def test_a_page_does_what_it_shows(page: Path, tmp_path: Path) -> None:
-    pytest.importorskip(NEEDS.get(page.stem, "torchguard"))
+    needed = NEEDS.get(page.stem, "torch")
+    if importlib.util.find_spec(needed) is None:  # not imported here: Lightning replaces torch.compile
+        pytest.skip(f"needs {needed}")
     assert pages.do(page.read_text(encoding="utf-8"), tmp_path) > 0
 
 
@@ -120,7 +124,7 @@ def test_the_workflow_is_one_and_its_commands_make_the_report_that_it_hands_in(t
 
 
 def test_every_kind_of_violation_is_explained() -> None:
-    page = (HOWTO / "reading.md").read_text(encoding="utf-8")
+    page = (HOWTO / "reading.md").read_text(encoding="utf-8").partition("\n## Kinds\n")[2]
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(_suppressions.KINDS)
 
 

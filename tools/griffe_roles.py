@@ -13,7 +13,7 @@ from typing import Any
 import griffe
 
 _ROLE = re.compile(r":(?:class|func|meth|attr|data|exc|mod):`~?([\w.]+)`")
-_INTERNAL = re.compile(r"\((?:Asked|Called|Told|Used) by \w+\.\)$")
+_INTERNAL = re.compile(r"\((?:Asked|Called|Told|Used) by \w+[^)]*\)$")
 
 
 def linked(text: str, public: dict[str, str]) -> str:
