@@ -39,7 +39,7 @@ def main() -> int:
         camera += [f"--window-size={SIZE[0]},{SIZE[1]}", "--screenshot=report.png", f"file://{folder}/report.html"]
         subprocess.run(camera, cwd=folder, capture_output=True, check=True, timeout=120)
         with Image.open(Path(folder) / "report.png") as picture:
-            picture.convert("RGB").quantize(64).save(PICTURE, optimize=True)
+            picture.convert("RGB").quantize(256).save(PICTURE, optimize=True)
     print(f"screenshot: {PICTURE.relative_to(ROOT)}, {PICTURE.stat().st_size / 1000:.0f} kB")
     return 0
 
