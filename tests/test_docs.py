@@ -121,6 +121,11 @@ def test_the_workflow_is_one_and_its_commands_make_the_report_that_it_hands_in(t
     report = json.loads((tmp_path / upload["with"]["sarif_file"]).read_text())
     assert faults(report, SCHEMA, SCHEMA) == []
     assert [result["level"] for result in report["runs"][0]["results"]] == ["error"]
+    (tmp_path / "tests" / "test_model.py").write_text("def test_nothing():\n    pass\n")
+    status, printed = pages.say(tests, tmp_path)
+    assert status == 0, printed
+    report = json.loads((tmp_path / upload["with"]["sarif_file"]).read_text())
+    assert (faults(report, SCHEMA, SCHEMA), report["runs"][0]["results"]) == ([], [])
 
 
 def test_every_kind_of_violation_is_explained() -> None:
