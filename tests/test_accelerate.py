@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from outside import python
 from torch import nn
-from trainers import Meddler, example, is_guarded, quiet, same, weights
+from trainers import Meddler, is_guarded, quiet, same, weights
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 with quiet():
@@ -82,10 +80,3 @@ def test_the_guard_is_gone_after_an_exception() -> None:
         with torchguard.strict() as guard:
             train(Meddler("write", 2), guard)
     assert not is_guarded()
-
-
-def test_the_example_of_the_page(tmp_path: Path) -> None:
-    program = tmp_path / "train.py"
-    program.write_text(example("Accelerate"))
-    done = python([program], cwd=tmp_path, HF_HUB_OFFLINE="1")
-    assert done.stdout == "0 violations\n", done.stderr

@@ -253,7 +253,7 @@ import pytorch_lightning as L, torch
 from torchguard.integrations.lightning import TorchguardCallback
 assert issubclass(TorchguardCallback, L.Callback)
 assert "lightning.pytorch" not in sys.modules
-{example("Lightning").replace("import lightning.pytorch as L", "")}
+{example("lightning.md", "train.py").replace("import lightning.pytorch as L", "")}
 """)
     done = python([program], cwd=tmp_path)
     assert done.stdout.splitlines()[-1].startswith("step 3, 2 times: h.data.clamp_"), done.stdout + done.stderr
@@ -306,13 +306,3 @@ def test_two_ranks_each_have_a_guard_and_the_same_weights(tmp_path: Path) -> Non
         assert told["guarded", rank][1:] == ([True] * 6, [])
         assert told["warned", rank][1:] == ([True] * 6, [3])
     assert done.returncode == 0, done.stderr
-
-
-# ---- what the page says ----------------------------------------------------------------------------------------
-
-
-def test_the_example_of_the_page(tmp_path: Path) -> None:
-    program = tmp_path / "train.py"
-    program.write_text(example("Lightning"))
-    done = python([program], cwd=tmp_path)
-    assert done.stdout.splitlines()[-1].startswith("step 3, 2 times: h.data.clamp_(max=0.5)"), done.stdout + done.stderr

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from outside import python
-from trainers import Meddler, example, is_guarded, quiet, same, weights
+from trainers import Meddler, is_guarded, quiet, same, weights
 
 import torchguard
 from torchguard import _config
@@ -255,13 +254,3 @@ def test_copies_of_the_handler_with_all_its_callbacks(tmp_path: Path) -> None:
     one.train()
     assert isinstance(copying.copies, TorchguardCallback)
     assert (copying.copies.mode, copying.copies.guard) == ("warn", None)
-
-
-# ---- what the page says ----------------------------------------------------------------------------------------
-
-
-def test_the_example_of_the_page(tmp_path: Path) -> None:
-    program = tmp_path / "train.py"
-    program.write_text(example("Transformers"))
-    done = python([program], cwd=tmp_path, HF_HUB_OFFLINE="1")
-    assert done.stdout.splitlines()[-1] == "0 violations", done.stdout + done.stderr

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from outside import ROOT
+from pages import blocks
 from torch import nn
 
 from torchguard import _intercept, _policy, _watch
@@ -82,9 +82,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def example(heading: str) -> str:
-    """The program under a heading of docs/integrations.md."""
-    page = (ROOT / "docs" / "integrations.md").read_text()
-    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    (program,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
-    return str(program)
+def example(page: str, title: str) -> str:
+    """The program of that name on a page of ``docs/howto/``."""
+    (program,) = [block.text for block in blocks((ROOT / "docs" / "howto" / page).read_text()) if block.title == title]
+    return program

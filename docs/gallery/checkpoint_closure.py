@@ -2,6 +2,9 @@
 
 `torch.utils.checkpoint` saves its arguments only. What the function reads besides, weights, masks, buffers, is
 read again in backward, and nobody checks that it is what it was: not even a write that moves the counter is noticed.
+
+Upstream: the documentation of `torch.utils.checkpoint` warns of "silently incorrect gradients" where the two runs
+differ, "e.g., due to a global variable".
 """
 
 import torch

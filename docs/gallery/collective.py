@@ -2,6 +2,9 @@
 
 Two ranks average a tensor that forward has saved. Had one of them said `x.copy_(average)`, PyTorch would refuse; of
 `all_reduce` it knows nothing.
+
+Upstream: [pytorch#121587](https://github.com/pytorch/pytorch/issues/121587) (collectives and autograd, open); of the
+counters we know no report.
 """
 
 import os

@@ -1,6 +1,9 @@
 """Inside torch.func nothing watches `.data` either
 
 `torch.func.grad` differentiates the function; a write through `.data` inside it changes what its backward reads.
+
+Upstream: [pytorch#94817](https://github.com/pytorch/pytorch/pull/94817) made `x.data = y` inside a transform an
+error; writing through `x.data` is not one.
 """
 
 import torch

@@ -2,6 +2,9 @@
 
 `save_on_cpu`, or any pair of `saved_tensors_hooks`: on the CPU nothing is copied, and autograd compares no versions
 of what hooks return. An ordinary `add_` that PyTorch refuses elsewhere goes through here.
+
+Upstream: we know no report; [pytorch#128545](https://github.com/pytorch/pytorch/pull/128545) tells how versions and
+hooks meet.
 """
 
 import torch
