@@ -42,7 +42,7 @@ _CATALOGUE = "tests/test_catalogue.py::test_the_guard_does_with_the_program_what
 _KEPT = "tests/test_generated.py::test_what_was_once_wrong_is_right"
 
 #: What runs in a process that would not see the mutant, or takes long and says little.
-_LEFT_OUT = ("subprocess", "command_line", "soak", "leak", "hard_problem")
+_LEFT_OUT = ("subprocess", "command_line", "soak", "leak")
 
 #: For each module the tests that may notice: a file or a test in it, and how many of its cases at most.
 TESTS: dict[str, tuple[tuple[str, int], ...]] = {
