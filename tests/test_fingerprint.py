@@ -29,6 +29,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], object]] = {
     "the sign of the last": lambda t: t[-1:].neg_(),
     "two signs": lambda t: t[:4:3].neg_(),
     "all signs": lambda t: t.neg_(),
+    "two signs in one word": lambda t: t[:2].neg_(),
     "two elements exchanged": lambda t: t[:2].copy_(t[:2].flip(0)),
     "two distant words exchanged": exchange_ends,
     "all turned round": lambda t: t.copy_(t.flip(0)),
@@ -63,3 +64,41 @@ def test_memory_that_is_not_there_has_none() -> None:
     tensor = torch.randn(8)
     tensor.untyped_storage().resize_(0)
     assert _fingerprint.of(tensor) is None
+
+
+@pytest.mark.parametrize("offset", range(18))
+def test_memory_at_any_offset_has_the_fingerprint_of_its_bytes(offset: int) -> None:
+    values = torch.arange(41, dtype=torch.uint8)
+    assert fingerprint(torch.cat([values.new_zeros(offset), values])[offset:]) == fingerprint(values)
+
+
+@pytest.mark.parametrize("words", range(1, 26))
+def test_the_last_bytes_have_a_place_of_their_own(words: int) -> None:
+    """They are fewer than a word has, and are filled up with zeros: exchanged with any other word, they show."""
+    tensor = torch.zeros(2 * words + 1, dtype=torch.int32)
+    tensor[::2] = torch.arange(1, words + 2)
+    before = fingerprint(tensor)
+    for i in range(words):
+        exchanged = tensor.clone()
+        exchanged[2 * i], exchanged[-1] = tensor[-1], tensor[2 * i]
+        assert fingerprint(exchanged) != before
+
+
+def test_one_bit_more_or_less_changes_half_of_the_fingerprint() -> None:
+    """Whichever bit it is, and each bit of the fingerprint as often: changes that belong together do not cancel out."""
+    random = torch.Generator().manual_seed(0)
+    samples = 24
+    flipped = torch.zeros(64, 64)  # bit of the word, bit of the fingerprint
+    for _ in range(samples):
+        tensor = torch.randint(-(2**62), 2**62, (4,), generator=random)
+        before = fingerprint(tensor)
+        for bit in range(64):
+            changed = tensor.clone()
+            changed[2] ^= 1 << bit if bit < 63 else -(1 << 63)
+            difference = (fingerprint(changed) ^ before) % (1 << 64)
+            flipped[bit] += torch.tensor([difference >> place & 1 for place in range(64)])
+    share = flipped / samples
+    assert share.mean(1).min() > 0.4
+    assert share.mean(1).max() < 0.6
+    assert share.mean(0).min() > 0.4
+    assert share.mean(0).max() < 0.6

@@ -202,3 +202,11 @@ def test_a_programs_problems_take_few_steps() -> None:
         assert overlaps(a, span(offset, 4, sizes, strides), 300) is True
     left, right = span(0, 4, (4096, 1000), (8000, 4)), span(4000, 4, (4096, 1000), (8000, 4))
     assert overlaps(left, right, 300) is False
+
+
+def test_what_one_look_can_tell_takes_one_step() -> None:
+    """Contiguous dimensions are one, and a single dimension needs no search."""
+    point = span(4 * 777, 4, (), ())
+    assert overlaps(point, point, 1) is True
+    assert overlaps(span(0, 4, (7, 11, 13, 17), (4 * 2431, 4 * 221, 4 * 17, 4)), point, 1) is True
+    assert overlaps(point, point, 0) is None

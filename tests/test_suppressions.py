@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import ntpath
+import os
+import types
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,10 @@ def matches(line: str, **values: Any) -> bool:
         ("src/*.py", False),  # a star stays in its directory
         ("/src/models/net.py", False),
         ("models", False),
+        ("lib/**/net.py", False),
+        ("lib/**", False),
+        ("NET.py", False),  # but for Windows, a file has its name
+        (r"models\net.py", False),
         ("n.t.py", False),  # a dot is a dot
         ("net.py:42", True),
         ("net.py:40-50", True),
@@ -74,6 +81,48 @@ def test_where_the_write_was_not_seen_it_is_the_line_that_reads() -> None:
 
 def test_code_without_a_file_is_named_as_python_names_it() -> None:
     assert matches("<stdin>:7", written=Place("<stdin>", 7, "<module>"))
+
+
+def test_code_without_a_file_lies_in_no_directory() -> None:
+    assert not matches("/**", written=Place("<stdin>", 7, "<module>"))
+
+
+def test_a_method_of_a_class_within_another_has_its_bare_name_too() -> None:
+    place = Place("net.py", 7, "Net.Block.forward")
+    assert matches("net.py:forward", written=place)
+    assert matches("net.py:Net.Block.forward", written=place)
+    assert not matches("net.py:Block.forward", written=place)
+
+
+def test_a_file_has_its_name_where_the_working_directory_is_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert matches("net.py", written=Place("net.py", 7, "f"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        (r"models\net.py", True),
+        ("models/net.py", True),
+        (r"Models\NET.PY", True),
+        (r"C:\work\src\models\net.py:42", True),
+        ("c:/work/**", True),
+        (r"D:\work\src\models\net.py", False),
+        (r"src\net.py", False),
+    ],
+)
+def test_on_windows_backslashes_are_slashes_and_letters_have_no_case(
+    line: str, match: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = types.SimpleNamespace(name="nt", path=ntpath, fspath=os.fspath, PathLike=os.PathLike)
+    monkeypatch.setattr(_suppressions, "os", windows)
+    assert matches(line, written=Place(r"C:\work\src\models\net.py", 42, "f")) is match
 
 
 def test_a_file_below_the_working_directory_is_matched_from_anywhere_up(

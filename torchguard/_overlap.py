@@ -73,7 +73,7 @@ def _merged(terms: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _solvable(terms: list[tuple[int, int]], target: int, work: list[int]) -> bool:
-    """Whether sum(step * x) == target has a solution with 0 <= x <= limit."""
+    """Whether sum(step * x) == target has a solution with 0 <= x <= limit; the target is within reach."""
     reach = [0] * (len(terms) + 1)
     divisor = [0] * (len(terms) + 1)
     for k in range(len(terms) - 1, -1, -1):
@@ -85,15 +85,13 @@ def _solvable(terms: list[tuple[int, int]], target: int, work: list[int]) -> boo
         work[0] -= 1
         if work[0] < 0:
             raise _TooMuchWork
-        if rest < 0 or rest > reach[k]:
-            return False
         if k == len(terms):
             return rest == 0
         if rest % divisor[k]:
             return False
         step, limit = terms[k]
         if k == len(terms) - 1:
-            return True  # in range and divisible: x = rest // step
+            return True  # within reach and divisible: x = rest // step
         most = min(limit, rest // step)
         least = max(0, -((reach[k + 1] - rest) // step))
         return any(search(k + 1, rest - step * x) for x in range(most, least - 1, -1))
