@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_report._sarif": {"_report._records"},
     "_report._source": set(),
     "_report._writer": {"_report._files", "_report._records", "_report._source", "_violation"},
-    "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves"},
+    "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves", "_torch"},
     "_saves": {
         "_aliases", "_counts", "_exports", "_fingerprint", "_inputs", "_ledger", "_memory", "_places", "_policy",
         "_torch", "_violation",

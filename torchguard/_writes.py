@@ -20,7 +20,7 @@ from torchguard._rehearsal import Rehearsal, rehearse
 from torchguard._rereads import Reread, note_write, rereads_of, running
 from torchguard._saves import LEDGER, Save, extent_of, is_foreign, one_copy_each
 from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
-from torchguard._writers import OUT, Writer, tensors_in
+from torchguard._writers import OUT, Writer
 
 #: These perturb their inputs through ``.data`` and put them back: the bytes decide at the read.
 _TRUSTED_FILES = ("torch/autograd/gradcheck.py", "torch\\autograd\\gradcheck.py")
@@ -351,7 +351,7 @@ def _answer(
     with _torch.no_torch_function():
         refused = any(writer.refused(hit.target) for hit in hits) and not writer.keeps_statistics
         if writer is OUT and torch.is_grad_enabled():  # out= and gradients do not go together, nearly always
-            refused = refused or any(tensor.requires_grad for tensor in tensors_in([*args, *kwargs.values()]))
+            refused = refused or any(tensor.requires_grad for tensor in _memory.tensors_in([*args, *kwargs.values()]))
     if not refused and not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
