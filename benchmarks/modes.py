@@ -1,7 +1,4 @@
-"""Under what do the benchmarks run a workload? Nothing, PyTorch's own tools, and torchguard.
-
-Modes that this torchguard does not have (yet) are left out, with the reason in ``ABSENT``.
-"""
+"""Under what do the benchmarks run a workload? Nothing, PyTorch's own tools, and torchguard."""
 
 from __future__ import annotations
 
@@ -37,43 +34,13 @@ MODES: dict[str, Mode] = {
     "bare": contextlib.nullcontext,
     "identity hooks": _identity,
     "strict": torchguard.strict,
-    "warn": torchguard.warn,
-    "watch": torchguard.watch,
+    "strict, at read": lambda: torchguard.strict(at="read"),
     "strict, every call": lambda: torchguard.strict(every_call=True),
-    "strict, at the read": lambda: torchguard.strict(at="read"),
+    "warn": torchguard.warn,
     "repair": torchguard.repair,
-    "repair, patches alone": lambda: torchguard.repair(every_call=False),
+    "watch": torchguard.watch,
     "audit": torchguard.audit,
     "allow_mutation_on_saved_tensors": torch.autograd.graph.allow_mutation_on_saved_tensors,
+    "detect_anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+    "empty dispatch mode": _Empty,
 }
-
-#: What is not measured, and why.
-ABSENT: dict[str, str] = {}
-
-
-def _add_if_there() -> None:
-    later: dict[str, Mode] = {"strict, at read": lambda: torchguard.strict(at="read")}  # type: ignore[arg-type,unused-ignore]
-    for name in ("repair", "watch", "audit"):
-        make = getattr(torchguard, name, None)
-        if make is None:
-            ABSENT[name] = f"this torchguard has no {name}()"
-        else:
-            later[name] = make
-    for name, make in later.items():
-        try:
-            make()
-        except (TypeError, ValueError) as error:
-            ABSENT[name] = str(error)
-        else:
-            MODES[name] = make
-
-
-_add_if_there()
-
-MODES.update(
-    {
-        "allow_mutation": torch.autograd.graph.allow_mutation_on_saved_tensors,
-        "detect_anomaly": lambda: torch.autograd.set_detect_anomaly(True),
-        "empty dispatch mode": _Empty,
-    }
-)

@@ -18,7 +18,7 @@ def draw(results: dict[str, Any], directory: Path) -> str:
     except ImportError:
         return "no plots: matplotlib is not installed (it comes with the extra torchguard-autograd[bench])"
     drawn = [_ratios(pyplot, results, directory)]
-    if "scale" in results:
+    if all(question in results.get("scale", {}) for question in ("costs", "memory", "long_run")):
         drawn += [_costs(pyplot, results, directory), _memory(pyplot, results, directory)]
         drawn.append(_long_run(pyplot, results, directory))
     return "plots: " + ", ".join(str(path) for path in drawn)
@@ -63,7 +63,12 @@ def _costs(pyplot: Any, results: dict[str, Any], directory: Path) -> Path:
 
 
 def _memory(pyplot: Any, results: dict[str, Any], directory: Path) -> Path:
-    found = {mode: one["bytes"] for mode, one in results["scale"]["memory"].items() if "bytes" in one}
+    found = {
+        mode: one["bytes"]
+        for mode, by_live in results["scale"]["memory"].items()
+        for one in by_live.values()
+        if "bytes" in one
+    }
     figure, axes = pyplot.subplots(figsize=(6, 3))
     axes.bar(list(found), list(found.values()))
     axes.set_ylabel("bytes for a live save,\nthe graph included")
@@ -72,8 +77,9 @@ def _memory(pyplot: Any, results: dict[str, Any], directory: Path) -> Path:
 
 def _long_run(pyplot: Any, results: dict[str, Any], directory: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for mode, one in results["scale"]["long_run"].items():
-        points = one.get("points", [])[1:]
+    runs = [(mode, one) for mode, by in results["scale"]["long_run"].items() for one in by.values() if "points" in one]
+    for mode, one in runs:
+        points = one["points"][1:]
         axes.plot([n for n, _ in points], [(resident - points[0][1]) / 1e6 for _, resident in points], label=mode)
     axes.set_xlabel("steps")
     axes.set_ylabel("MB of resident memory more than at the start")

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -25,13 +26,17 @@ from typing import Any
 import torch
 
 from benchmarks import plots, scale
-from benchmarks.modes import ABSENT, MODES
+from benchmarks.modes import MODES
 from benchmarks.workloads import KERNELS, WORKLOADS, Step
 
 _ALL = {**WORKLOADS, **KERNELS}
 _NOISE = 0.03
 _ATTEMPTS = 3
 _MODES_AT_SCALE = ("bare", "identity hooks", "strict")
+#: Seconds after which a question of scale is given up.
+_PATIENCE = 400
+#: What a process with so many live saves holds for each, three graphs and all.
+_BYTES_A_SAVE = 8000
 
 
 def _say(line: str) -> None:
@@ -116,18 +121,38 @@ def _entering() -> dict[str, float]:
     return {"first": first, "later": later}
 
 
-def _at_scale(most: int, steps: int, seconds: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"costs": {}, "memory": {}, "long_run": {}}
+def _at_scale(found: dict[str, Any], most: int, steps: int, keep: Callable[[], None]) -> None:
+    """Ask what has no answer yet; ``keep`` after each."""
+    questions: list[tuple[str, str, int, str]] = []
     for mode in _MODES_AT_SCALE:
-        found["costs"][mode] = {}
-        for live in (n for n in scale.LIVE if n <= most):
-            _say(f"cost of a save and of a write, {mode}, {live} live saves")
-            found["costs"][mode][str(live)] = scale.ask("costs", mode, live, seconds)
-        _say(f"memory of a live save, {mode}")
-        found["memory"][mode] = scale.ask("memory", mode, min(100_000, most), seconds)
-        _say(f"memory over {steps} steps, {mode}")
-        found["long_run"][mode] = scale.ask("long_run", mode, steps, seconds)
-    return found
+        # The last power of ten takes gigabytes and most of the time: of the guard alone.
+        sizes = [n for n in scale.LIVE if n <= most and (n < scale.LIVE[-1] or mode == "strict")]
+        questions += [("costs", mode, n, f"cost of a save and of a write, {mode}, {n} live saves") for n in sizes]
+    questions += [
+        ("steps", "strict", n, f"steps of a save and of a write, {n} live saves") for n in scale.LIVE if n <= most
+    ]
+    for mode in _MODES_AT_SCALE:
+        questions.append(("memory", mode, min(100_000, most), f"memory of a live save, {mode}"))
+    for mode in (*_MODES_AT_SCALE, "watch"):
+        questions.append(("long_run", mode, steps, f"memory over {steps} steps, {mode}"))
+    for done, (question, mode, number, title) in enumerate(questions):
+        answers = found.setdefault(question, {}).setdefault(mode, {})
+        if str(number) not in answers:
+            _say(f"{done + 1} of {len(questions)}: {title}")
+            answers[str(number)] = scale.ask(question, mode, number, _PATIENCE)
+            keep()
+
+
+def _room_for(live: int) -> int:
+    """So many live saves, or the last power of ten below for which there is memory."""
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError):
+            told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+            available = available if told is None else int(told.group(1)) * 1024
+    except (ValueError, OSError, AttributeError):
+        return live
+    return max([n for n in scale.LIVE if n <= live and n * _BYTES_A_SAVE < available], default=scale.LIVE[0])
 
 
 def _about(device: str) -> dict[str, str]:
@@ -170,12 +195,12 @@ def table(results: dict[str, Any], names: list[str]) -> str:
 def main() -> None:
     """Run what is not done yet; print the tables; write the JSON and the plots."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=13, help="for all of it, about (default 13)")
+    parser.add_argument("--minutes", type=float, default=8, help="for the workloads at most (default 8)")
     parser.add_argument("--rounds", type=int, default=60, help="at most so many a workload (default 60)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path(".benchmarks"), help="directory for JSON and plots")
     parser.add_argument("--fresh", action="store_true", help="begin anew, even where a run was interrupted")
-    parser.add_argument("--live", type=int, default=100_000, help="live saves, at most (1000000 takes 6 GB)")
+    parser.add_argument("--live", type=int, default=scale.LIVE[-1], help="live saves, at most (a million takes 8 GB)")
     parser.add_argument("--steps", type=int, default=scale.STEPS, help="of the long run")
     parser.add_argument("--no-scale", action="store_true", help="leave the cost against live saves and memory out")
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(_ALL)}; all of them")
@@ -191,7 +216,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"bench-{options.device}.json"
     about = _about(options.device)
-    results: dict[str, Any] = {"about": about, "absent": ABSENT, "workloads": {}}
+    results: dict[str, Any] = {"about": about, "workloads": {}}
     if path.exists() and not options.fresh:
         before = json.loads(path.read_text())
         if before.get("about") == about:
@@ -202,10 +227,10 @@ def main() -> None:
         change()
         path.write_text(json.dumps(results, indent=1))
 
-    # A third of the time for what is measured at scale; large workloads get more than kernels.
+    # Large workloads get more than kernels.
     left = [name for name in names if name not in results["workloads"]]
     shares = {name: 3 if name in WORKLOADS else 1 for name in names}
-    second = options.minutes * 60 * (1 if options.no_scale else 0.65) / max(1, sum(shares.values()))
+    second = options.minutes * 60 / max(1, sum(shares.values()))
     for done, name in enumerate(left):
         _say(f"{done + 1} of {len(left)}: {name}")
         found = measure(name, options.device, second * shares[name], options.rounds)
@@ -213,14 +238,15 @@ def main() -> None:
     if not options.no_scale:
         if "entering_ms" not in results:
             keep(lambda: results.update(entering_ms=_entering()))
-        if options.device == "cpu" and "scale" not in results:
-            seconds = options.minutes * 60 * 0.35 / 6
-            keep(lambda: results.update(scale=_at_scale(options.live, options.steps, seconds)))
+        if options.device == "cpu":
+            found = results.setdefault("scale", {})
+            most = _room_for(options.live)
+            if most < options.live:
+                print(f"not {options.live} but {most} live saves: there is no memory for more", file=sys.stderr)
+            _at_scale(found, most, options.steps, lambda: keep(lambda: None))
     _say("\n")
     print(", ".join(f"{key} {value}" for key, value in about.items()) + ", one thread")
     print(table(results, names))
-    for mode, reason in results["absent"].items():
-        print(f"not measured: {mode}: {reason}")
     for name, found in results["workloads"].items():
         for mode, reason in found["cannot"].items():
             print(f"cannot run {name}: {mode}: {reason}")
@@ -235,20 +261,23 @@ def main() -> None:
 def scale_table(found: dict[str, Any]) -> str:
     """Cost against live saves, memory a live save and over a long run, in lines."""
     lines = []
-    for mode, by_live in found.get("costs", {}).items():
-        for live, one in by_live.items():
-            cells = one.get("error") or ", ".join(f"{k} {v:.2f} µs" for k, v in one.items() if k != "live")
-            lines.append(f"{mode}, {live} live: {cells}")
-    for mode, one in found.get("memory", {}).items():
-        lines.append(
-            f"{mode}: {one.get('error') or format(one['bytes'], '.0f') + ' bytes a live save, the graph included'}"
-        )
-    for mode, one in found.get("long_run", {}).items():
-        if "points" in one:
+    for question, unit in (("costs", "µs"), ("steps", "steps")):
+        for mode, by_live in found.get(question, {}).items():
+            for live, one in by_live.items():
+                cells = one.get("error") or ", ".join(f"{k} {v:.4g} {unit}" for k, v in one.items() if k != "live")
+                lines.append(f"{mode}, {live} live: {cells}")
+    for mode, by_live in found.get("memory", {}).items():
+        for one in by_live.values():
+            told = one.get("error") or format(one["bytes"], ".0f") + " bytes a live save, the graph included"
+            lines.append(f"{mode}: {told}")
+    for mode, by_live in found.get("long_run", {}).items():
+        for one in by_live.values():
+            if "error" in one:
+                lines.append(f"{mode}: long run: {one['error']}")
+                continue
             (_, first), (steps, last) = one["points"][1], one["points"][-1]
-            lines.append(f"{mode}: {(last - first) / 1e6:+.2f} MB of resident memory over {steps} steps")
-        else:
-            lines.append(f"{mode}: long run: {one['error']}")
+            left = ", ".join(f"{count} {what}" for what, count in one["left"].items())
+            lines.append(f"{mode}: {(last - first) / 1e6:+.2f} MB of resident memory over {steps} steps; left: {left}")
     return "".join(line + "\n" for line in lines)
 
 

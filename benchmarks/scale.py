@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.instructions import count_steps
 from benchmarks.modes import MODES
+from torchguard._aliases import ALIASES
+from torchguard._saves import LEDGER
+from torchguard._traces import TRACES
 
 LIVE = (100, 1_000, 10_000, 100_000, 1_000_000)
 STEPS = 100_000
@@ -46,22 +50,40 @@ def _live(number: int) -> list[torch.Tensor]:
     return [torch.ones(1, requires_grad=True).sin() if n % 10 == 0 else flat[n : n + 1].sin() for n in range(number)]
 
 
+def _calls(number: int) -> tuple[dict[str, Callable[[], object]], list[torch.Tensor]]:
+    """What is asked of a process with so many live saves in storages of their own, in one buffer, and in another."""
+    buffer = torch.ones(number + 8)
+    w = torch.ones(8, requires_grad=True)
+    kept = _live(number) + [(buffer[n : n + 1] * w[:1]) for n in range(number)]
+    elsewhere, beside = torch.ones(8), buffer[number:]
+    beside.data.add_(1.0)
+    gc.collect()
+    gc.freeze()
+    calls: dict[str, Callable[[], object]] = {
+        "save": lambda: w.sin(),
+        "write": lambda: elsewhere.add_(1.0),
+        "write beside saves": lambda: beside.add_(1.0),
+    }
+    return calls, kept
+
+
 def costs(mode: str, number: int) -> dict[str, float]:
     """Microseconds for an operation that saves, an in-place call elsewhere, and one in a buffer with saves in it."""
     with MODES[mode]():
-        buffer = torch.ones(number + 8)
-        w = torch.ones(8, requires_grad=True)
-        kept = _live(number) + [(buffer[n : n + 1] * w[:1]) for n in range(number)]
-        elsewhere, beside = torch.ones(8), buffer[number:]
-        beside.data.add_(1.0)
-        gc.collect()
-        gc.freeze()
-        return {
-            "save": _best(lambda: w.sin()),
-            "write": _best(lambda: elsewhere.add_(1.0)),
-            "write beside saves": _best(lambda: beside.add_(1.0)),
-            "live": float(len(kept)),
-        }
+        calls, kept = _calls(number)
+        return {**{name: _best(once) for name, once in calls.items()}, "live": float(len(kept))}
+
+
+def steps(mode: str, number: int) -> dict[str, float]:
+    """The same, counted: bytecode instructions of torchguard and calls from there, whatever the machine's load."""
+    with MODES[mode]():
+        calls, kept = _calls(number)
+        found = {}
+        for name, once in calls.items():
+            for _ in range(5):
+                once()
+            found[name] = float(count_steps(once))
+        return {**found, "live": float(len(kept))}
 
 
 def memory(mode: str, number: int) -> dict[str, float]:
@@ -76,10 +98,12 @@ def memory(mode: str, number: int) -> dict[str, float]:
 
 
 def long_run(mode: str, number: int) -> dict[str, Any]:
-    """Resident memory over so many training steps, with a list of all ``p.data`` kept throughout."""
+    """Resident memory over so many training steps, with a list of all ``p.data`` kept throughout, and what the guard
+    holds at the end.
+    """
     with MODES[mode]():
         model = torch.nn.Linear(4, 4)
-        aliases = [p.data for p in model.parameters()]
+        aliases = [p.data for p in model.parameters()]  # long-lived: they must neither slow it down nor make it grow
         x = torch.ones(2, 4)
         points = []
         for n in range(number + 1):
@@ -90,10 +114,20 @@ def long_run(mode: str, number: int) -> dict[str, Any]:
             if n % max(1, number // 20) == 0:
                 gc.collect()
                 points.append((n, _resident()))
-        return {"points": points, "aliases": len(aliases)}
+        left = {
+            "saves alive": len(LEDGER.all_alive()),
+            "aliases taken down": len(ALIASES.by_storage) + len(ALIASES.young),
+            "traces of aliases": len(TRACES.by_tensor),
+        }
+        return {"points": points, "aliases": len(aliases), "left": left}
 
 
-QUESTIONS: dict[str, Callable[[str, int], dict[str, Any]]] = {"costs": costs, "memory": memory, "long_run": long_run}
+QUESTIONS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "costs": costs,
+    "steps": steps,
+    "memory": memory,
+    "long_run": long_run,
+}
 
 
 def ask(question: str, mode: str, number: int, seconds: float) -> dict[str, Any]:

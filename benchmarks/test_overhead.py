@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.modes import ABSENT, MODES
+from benchmarks.modes import MODES
 from benchmarks.workloads import KERNELS, WORKLOADS
 
 _ALL = {**WORKLOADS, **KERNELS}
@@ -26,11 +26,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in (*MODES, *ABSENT) if mode != "bare"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "bare"])
 @pytest.mark.parametrize("workload", _ALL)
 def test_overhead(benchmark: Any, device: str, workload: str, mode: str) -> None:
-    if mode in ABSENT:
-        pytest.skip(ABSENT[mode])
     torch.set_num_threads(1)
     step = _ALL[workload](device)
     bare: list[float] = []

@@ -283,6 +283,23 @@ def _softmax(x: torch.Tensor) -> Step:
     return lambda: w.softmax(-1)
 
 
+def _compiled(make: Callable[[torch.Tensor], Step]) -> Callable[[torch.Tensor], Step]:
+    return lambda x: torch.compile(make(x))
+
+
+def _under_autocast(make: Callable[[torch.Tensor], Step]) -> Callable[[torch.Tensor], Step]:
+    def make_both(x: torch.Tensor) -> Step:
+        once = make(x)
+
+        def both() -> None:
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                once()
+
+        return both
+
+    return make_both
+
+
 def _data(x: torch.Tensor) -> Step:
     return lambda: x.data
 
@@ -313,6 +330,9 @@ _KERNELS: dict[str, Callable[[torch.Tensor], Step]] = {
     "setitem": _set_item,
     "adamw foreach": _optimizer(torch.optim.AdamW, foreach=True),
     "adamw fused": _optimizer(torch.optim.AdamW, fused=True),
+    "sgd fused": _optimizer(torch.optim.SGD, lr=0.01, fused=True),
+    "softmax compiled": _compiled(_softmax),
+    "matmul autocast": _under_autocast(_matmul),
 }
 
 #: Single kernels, each on small and on large tensors.

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from torchguard._saves import Save
 
 _SLACK = 8
-_YOUNG_SLACK = 1024
+#: Up to so many young aliases are not swept.
+FEW_YOUNG = 1024
 #: Dead aliases of one storage whose counter is still watched: a ``detach()`` of a dead alias could still
 #: write.
 _DEAD_KEPT = 64
@@ -119,7 +120,7 @@ class Aliases:
         #: Whether there are any.
         self.any_live_save: Callable[[int], bool] = lambda storage: False
         self._sweep_at = _SLACK
-        self._sweep_young_at = _YOUNG_SLACK
+        self._sweep_young_at = FEW_YOUNG
 
     def enter_young(self, alias: torch.Tensor, storage: int, code: CodeType | None, offset: int) -> None:
         """Take down a fresh alias (at version 0) of a storage in which no live save lies."""
@@ -131,7 +132,7 @@ class Aliases:
         if len(young) > self._sweep_young_at:
             for key in [key for key, entry in list(young.items()) if entry[0]() is None]:
                 young.pop(key, None)
-            self._sweep_young_at = 2 * len(young) + _YOUNG_SLACK
+            self._sweep_young_at = 2 * len(young) + FEW_YOUNG
 
     def _grow(self, storage: int) -> None:
         entry = self.young.pop(storage, None)

@@ -41,7 +41,7 @@ from torchguard import (
     _writers,
     _writes,
 )
-from torchguard._aliases import ALIASES
+from torchguard._aliases import ALIASES, FEW_YOUNG
 from torchguard._exports import EXPORTS
 from torchguard._patching import (
     Attribute,
@@ -134,7 +134,7 @@ def _route_method(function: Any) -> RoutedMethod:
     def call(*args: Any, **kwargs: Any) -> Any:
         if pending or filing:
             file()
-        if len(args) > 1 and grad_enabled() and reads_itself(args):
+        if reads_itself is not None and len(args) > 1 and grad_enabled() and reads_itself(args):
             if state.every_call and mode_active():
                 return function(*args, **kwargs)
             return judge(function, (), args, kwargs)
@@ -166,7 +166,7 @@ def _route_function(function: Any) -> Callable[..., Any]:
     reads_itself = _selfwrites.may_save_what_it_writes(function.__name__)
 
     def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        needed = any_alive() or (len(args) > 1 and grad_enabled() and reads_itself(args))
+        needed = any_alive() or (reads_itself is not None and len(args) > 1 and grad_enabled() and reads_itself(args))
         if not needed or (state.every_call and mode_active()):
             return wrapped(*args, **kwargs)
         return judge(function, (), args, kwargs)
@@ -245,6 +245,7 @@ def _data_getter() -> Callable[..., Any]:
     groups = LEDGER.groups
     young = ALIASES.young
     enter_young = ALIASES.enter_young
+    few = FEW_YOUNG
     by_storage = ALIASES.by_storage
     inside_library = _places.inside_library
     getframe = sys._getframe
@@ -270,7 +271,7 @@ def _data_getter() -> Callable[..., Any]:
                 code = frame.f_code
                 if inside_library.get(code.co_filename) is False:
                     before = young.get(storage)
-                    if before is not None and before[0]() is None:
+                    if (len(young) < few) if before is None else (before[0]() is None):
                         young[storage] = (ref(alias), code, frame.f_lasti)
                     else:
                         enter_young(alias, storage, code, frame.f_lasti)

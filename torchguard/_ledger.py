@@ -34,6 +34,7 @@ Extent = tuple[int, int, bool]
 
 _SLACK = 1024
 _LARGE = 64
+_FEW = 4
 
 
 class Ledger(Generic[E]):
@@ -103,7 +104,7 @@ class Ledger(Generic[E]):
             filing.append(None)
             waiting = pending
             taken = 0
-            if len(pending) > _LARGE:
+            if len(pending) > _FEW:
                 # Nobody else takes from it. Most have died: they are sorted out without a step of Python's for each.
                 taken = len(pending)
                 take = pending.popleft

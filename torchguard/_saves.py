@@ -539,7 +539,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             elif walked[0] == number and walked[1] is code and walked[2] == offset:
                 save.code = walked[3]
                 save.offset = walked[4]
-            elif inside_library.get(code.co_filename) is False:
+            elif (inside := inside_library.get(code.co_filename)) is False:
                 save.code = of_user = code
                 save.offset = offset
             elif code.co_filename in own_files:
@@ -550,7 +550,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
                 found = user_instruction(frame)
                 save.code, save.offset = found if found is not None else (None, 0)
             else:
-                found = user_instruction_above(depth)
+                found = user_instruction_above(depth + 1 if inside else depth)
                 save.code, save.offset = found if found is not None else (None, 0)
                 if number >= 0:  # torch may not tell
                     walked = (number, code, offset, save.code, save.offset)
@@ -563,7 +563,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
             or (
                 (save.version or exotic or (references(tensor) <= FRESH + depth - 2 and not tensor._is_view()))
-                and made_last(grad_fn, number - _copied_itself(save))
+                and made_last(grad_fn, number - 1 if save.version and _copied_itself(save) else number)
             )
         ):
             node: Any = type(grad_fn)
@@ -599,16 +599,18 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             if known is not None and known.exports:
                 EXPORTS.keep(save, known)
         else:
-            if node is None and (base := tensor._base) is not None:
-                grad_fn = base.grad_fn
-            if grad_fn is None:
-                # Under one more holder than a fresh tensor: the save.
-                may_be_older = tensor._base is not None or references(tensor) > FRESH + depth - 1
-            elif node is None:
+            if node is not None:
                 # Written in place, the node is younger than the memory.
-                may_be_older = save.version > 0 or grad_fn._sequence_nr() < first or type(grad_fn) not in own_nodes
-            else:
                 may_be_older = save.version > 0 or node not in own_nodes
+            else:
+                base = tensor._base
+                if base is not None and (grad_fn := base.grad_fn) is not None:
+                    made = grad_fn._sequence_nr()
+                if grad_fn is None:
+                    # Under one more holder than a fresh tensor: the save.
+                    may_be_older = base is not None or references(tensor) > FRESH + depth - 1
+                else:
+                    may_be_older = save.version > 0 or made < first or type(grad_fn) not in own_nodes
             if may_be_older:
                 EXPORTS.ask(save, storage, grad_fn)
         if dead_exports:

@@ -27,6 +27,9 @@ SAVES_NOTHING = frozenset(
 )
 
 
+_NUMBERS = frozenset({int, float})
+
+
 class _Read(NamedTuple):
     """A tensor that a call reads, and may save, in memory that it writes to."""
 
@@ -36,26 +39,29 @@ class _Read(NamedTuple):
     span: Span
 
 
-def may_save_what_it_writes(name: str) -> Callable[[Sequence[Any]], bool]:
-    """A quick look at the arguments of calls of this name: does another tensor lie in the first one's storage?"""
+def may_save_what_it_writes(name: str) -> Callable[[Sequence[Any]], bool] | None:
+    """A quick look at the arguments of calls of this name: does another tensor lie in the first one's storage?
+
+    None where such a call saves nothing.
+    """
     plain = _memory.PLAIN_TYPES
     storage_id = _torch.storage_id
 
     def look(args: Sequence[Any]) -> bool:
-        if len(args) < 2:
+        if len(args) < 2 or (type(args[1]) in _NUMBERS and len(args) == 2):
             return False
         first = args[0]
         if type(first) not in plain:  # lists of tensors, subclasses: a closer look
             return isinstance(first, (torch.Tensor, list, tuple))
         try:
-            for other in args[1:]:
+            for other in args:
                 if type(other) in plain and other is not first and storage_id(other) == storage_id(first):
                     return True
         except _memory.NO_MEMORY:
             pass
         return False
 
-    return (lambda args: False) if name in SAVES_NOTHING else look
+    return None if name in SAVES_NOTHING else look
 
 
 def own_reads(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[_Read]:

@@ -159,10 +159,8 @@ def set_version(tensor: torch.Tensor, version: int) -> None:
 
 _use_count: Callable[[torch.Tensor], int] | None = getattr(torch.Tensor, "_use_count", None)
 
-
-def holders(tensor: torch.Tensor) -> int:
-    """How many hold the tensor, all of Python counting for one: at least 2 where a node has saved the very tensor."""
-    return 1 if _use_count is None else _use_count(tensor)
+#: How many hold a tensor, all of Python counting for one: at least 2 where a node has saved the very tensor.
+holders: Callable[[torch.Tensor], int] = _use_count or (lambda tensor: 1)
 
 
 # ---- modes and subclasses ----------------------------------------------------------------------------------
@@ -363,9 +361,12 @@ def made_last(node: Any, number: int) -> bool:
     A view whose base was written in place makes its node when an operation asks for it, and that operation has its own
     by then. Every other input's node is older than the operation's.
     """
-    return int(node._sequence_nr()) == number - 1 or any(
-        following is not None and int(following._sequence_nr()) == number - 1 for following, _ in node.next_functions
-    )
+    if node._sequence_nr() == number - 1:
+        return True
+    for following, _ in node.next_functions:  # noqa: SIM110 (a generator costs twice as much at every save)
+        if following is not None and following._sequence_nr() == number - 1:
+            return True
+    return False
 
 
 def make_node() -> None:

@@ -86,9 +86,7 @@ def _make_attribute() -> Any:
     of_a_gradient = _references_to_a_gradient()
     own = _places.inside_library.get
     holders = _torch.holders
-
-    def is_new_gradient(tensor: torch.Tensor) -> bool:
-        return tensor.grad_fn is None and not tensor.requires_grad and holders(tensor) > 1
+    storage_id, no_memory = _torch.storage_id, _memory.NO_MEMORY
 
     class Data:
         """``x.data``, sharing the counter of ``x``."""
@@ -97,20 +95,29 @@ def _make_attribute() -> Any:
 
         def __get__(self, tensor: Any, owner: Any = None) -> Any:
             frame = getframe(1)
+            if aside or mode_active() or transform() is not None:
+                return original if tensor is None else _unusual(tensor, frame)
             trace = traces.get(id(tensor))
-            usual = not aside and not mode_active() and transform() is None
-            if usual and trace is not None and id(frame.f_code) + frame.f_lasti in trace:
+            if trace is not None and id(frame.f_code) + frame.f_lasti in trace:
                 return detach(tensor)
             if tensor is None:
                 return original
-            if not usual or type(tensor) not in plain or not _has_storage(tensor):
+            if type(tensor) not in plain:
+                return _unusual(tensor, frame)
+            try:
+                has_storage = storage_id(tensor) != 0
+            except no_memory:  # a wrapper of torch.func's, sparse, opaque
+                has_storage = False
+            if not has_storage:
                 return _unusual(tensor, frame)
             if (
                 references(tensor) <= of_a_gradient
-                and is_new_gradient(tensor)
+                and not tensor.requires_grad
+                and tensor.grad_fn is None
+                and holders(tensor) > 1
                 and own(frame.f_code.co_filename) is False
             ):
-                return detach(tensor)
+                return detach(tensor)  # of a new gradient
             return detach(tensor) if _take_down(tensor, frame) else get(tensor)
 
         def __set__(self, tensor: Any, value: Any) -> None:
@@ -120,14 +127,6 @@ def _make_attribute() -> Any:
             original.__delete__(tensor)
 
     return Data()
-
-
-def _has_storage(tensor: torch.Tensor) -> bool:
-    """Whether it is no wrapper of torch.func's, and neither sparse nor opaque."""
-    try:
-        return bool(_torch.storage_id(tensor))
-    except _memory.NO_MEMORY:
-        return False
 
 
 def alias_of(tensor: torch.Tensor, frame: Any) -> tuple[Any, bool]:
