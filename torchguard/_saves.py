@@ -205,8 +205,12 @@ class Save:
             # The same, at a third of the time: audit() does it for every save.
             if not tensor.numel() or not _torch.storage_address(tensor) or _torch.is_capturing(tensor):
                 return
-            with torch.no_grad():
-                remarks.proof = tensor.detach().clone()
+            try:
+                with torch.no_grad():
+                    remarks.proof = tensor.detach().clone()
+            except (RuntimeError, MemoryError) as error:
+                _note_no_room(error)
+                return
             remarks.audited = remarks.compare = True
             return
         with _torch.hidden():
@@ -214,8 +218,10 @@ class Save:
                 return  # the copy would be made again with every replay
             self.keep_proof()
             if remarks.proof is None:
-                parts = _memory.parts_of(self.tensor)
-                remarks.contents = [part.detach().clone() for part in parts] or None
+                copies = [copy_of(part) for part in _memory.parts_of(self.tensor)]
+                remarks.contents = [copy for copy in copies if copy is not None]
+                if not copies or len(remarks.contents) < len(copies):
+                    remarks.contents = None
         remarks.audited = remarks.compare = remarks.proof is not None or remarks.contents is not None
 
     def let_bytes_decide(
@@ -248,7 +254,9 @@ class Save:
         proof = None if self.remarks is None else self.remarks.proof
         assert proof is not None
         with _torch.hidden():
-            copy = proof.clone()  # and not the proof: what reads may write to it, and may read again
+            copy = copy_of(proof)  # and not the proof: what reads may write to it, and may read again
+            if copy is None:
+                copy = proof  # no room: right for the first that reads
             kind = type(self.tensor)
             if kind not in _memory.PLAIN_TYPES and not _torch.is_wrapper(self.tensor):
                 copy = copy.as_subclass(kind)
@@ -372,9 +380,13 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
             COUNTS.copies += 1
             return tensor.detach().clone()
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        _policy.note_unwatched(f"the bytes of some saves: they could not be copied ({reason})")
+        _note_no_room(error)
         return None
+
+
+def _note_no_room(error: Exception) -> None:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    _policy.note_unwatched(f"the bytes of some saves: they could not be copied ({reason})")
 
 
 def operation_of_node(name: str) -> str:
