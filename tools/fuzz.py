@@ -53,16 +53,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lines", type=int, default=14, help="how long a program may get (default 14 lines)")
     parser.add_argument("--keep", type=Path, default=None, help="write each failure there, as a script")
     parser.add_argument("--all-modes", action="store_true", help='under at="read" and repair(), too')
+    parser.add_argument(
+        "--narrow", action="store_true", help="what a seed made before there were transforms, compiled regions, ..."
+    )
     parser.add_argument("--worker", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.all_modes:
         os.environ["TORCHGUARD_FUZZ_ALL_MODES"] = "1"  # for the processes that are started
     if options.worker is not None:
         first, last = options.worker
-        work(first, last, options.lines, options.minutes)
+        work(first, last, options.lines, options.minutes, not options.narrow)
         return 0
     seed = int(time.time()) if options.seed is None else options.seed
-    found = search(seed, options.programs, options.minutes, options.lines, shown=lambda text: print(text, flush=True))
+    found = search(
+        seed,
+        options.programs,
+        options.minutes,
+        options.lines,
+        shown=lambda text: print(text, flush=True),
+        wide=not options.narrow,
+    )
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
         for i, script in enumerate(found.scripts):
@@ -77,6 +87,7 @@ def search(
     minutes: float = 10.0,
     lines: int = 14,
     shown: Callable[[str], None] = lambda _: None,
+    wide: bool = True,
 ) -> Found:
     """Run programs in one child process after the other.
 
@@ -86,6 +97,7 @@ def search(
         minutes: how long.
         lines: how long a program may get.
         shown: is told of each failure, and once a minute how far it is.
+        wide: whether programs may have the parts that came later.
     """
     found, first, seen = Found(), seed, set()
     end = time.monotonic() + 60 * minutes
@@ -94,6 +106,8 @@ def search(
         last = seed + (CHUNK if programs is None else min(CHUNK, first + programs - seed))
         left = (end - time.monotonic()) / 60
         command = [sys.executable, __file__, "--worker", str(seed), str(last), "--lines", str(lines)]
+        if not wide:
+            command.append("--narrow")
         phase = "started"
         with subprocess.Popen(
             [*command, "--minutes", str(left)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -132,7 +146,7 @@ def search(
 _MARK = "torchguard-fuzz: "
 
 
-def work(first: int, last: int, lines: int, minutes: float) -> None:
+def work(first: int, last: int, lines: int, minutes: float, wide: bool) -> None:
     """Run the programs of some seeds, and tell what became of them."""
     from generated.maker import make_program
     from generated.properties import MODES, failures, known
@@ -147,7 +161,7 @@ def work(first: int, last: int, lines: int, minutes: float) -> None:
         if time.monotonic() > end:
             break
         tell("made")
-        program = make_program(random.Random(seed), lines)
+        program = make_program(random.Random(seed), lines, wide)
         tell("known")
         facts = known(program)
         tell("guarded")

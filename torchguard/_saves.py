@@ -208,8 +208,12 @@ class Save:
             # The same, at a third of the time: audit() does it for every save.
             if not tensor.numel() or not _torch.storage_address(tensor) or _torch.is_capturing(tensor):
                 return
-            with torch.no_grad():
-                remarks.proof = tensor.detach().clone()
+            try:
+                with torch.no_grad():
+                    remarks.proof = tensor.detach().clone()
+            except (RuntimeError, MemoryError) as error:
+                _note_no_room(error)
+                return
             remarks.audited = remarks.compare = True
             return
         with _torch.hidden():
@@ -217,8 +221,10 @@ class Save:
                 return  # the copy would be made again with every replay
             self.keep_proof()
             if remarks.proof is None:
-                parts = _memory.parts_of(self.tensor)
-                remarks.contents = [part.detach().clone() for part in parts] or None
+                copies = [copy_of(part) for part in _memory.parts_of(self.tensor)]
+                remarks.contents = [copy for copy in copies if copy is not None]
+                if not copies or len(remarks.contents) < len(copies):
+                    remarks.contents = None
         remarks.audited = remarks.compare = remarks.proof is not None or remarks.contents is not None
 
     def let_bytes_decide(
@@ -375,8 +381,7 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
             COUNTS.copies += 1
             return tensor.detach().clone()
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        _policy.note_unwatched(f"the bytes of some saves: they could not be copied ({reason})")
+        _note_no_room(error)
         return None
 
 
@@ -384,8 +389,8 @@ def handed_out(proof: torch.Tensor) -> torch.Tensor:
     """What backward may read in the place of a save: the proof or, where what reads may write to it, a copy."""
     if _torch.reader_writes_to_nothing() and not proof.is_inference():
         return proof.detach()
-    COUNTS.copies += 1
-    return proof.clone()
+    copy = copy_of(proof)
+    return proof if copy is None else copy  # without room for a copy, right for the first that reads
 
 
 class _Copies(threading.local):
@@ -417,6 +422,11 @@ def _shared_copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
     if key not in made:
         made[key] = copy_of(tensor)
     return made[key]
+
+
+def _note_no_room(error: Exception) -> None:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    _policy.note_unwatched(f"the bytes of some saves: they could not be copied ({reason})")
 
 
 def operation_of_node(name: str) -> str:

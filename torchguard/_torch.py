@@ -369,10 +369,13 @@ def made_last(node: Any, number: int) -> bool:
     return False
 
 
+_ONE = torch.ones((), requires_grad=True)
+
+
 def make_node() -> None:
     """Have this thread make one more node, which nothing refers to."""
     with unseen(), outside_transforms(), without_hooks(), torch.enable_grad():
-        torch.ones((), requires_grad=True).clone()
+        _ONE.view(())
 
 
 #: The type of all nodes that have none of their own in Python.

@@ -41,10 +41,11 @@ class Judge:
 
     Args:
         lines: how long a program may get.
+        wide: whether the parts that came later are among them.
     """
 
-    def __init__(self, lines: int = 14) -> None:
-        self._lines = lines
+    def __init__(self, lines: int = 14, wide: bool = False) -> None:
+        self._arguments = [str(lines), "wide" if wide else ""]
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Judge:
@@ -97,7 +98,7 @@ class Judge:
             tests = Path(__file__).parent.parent
             path = os.pathsep.join([str(tests), str(tests.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(self._lines)],
+                [sys.executable, __file__, *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -135,7 +136,7 @@ def _say(**message: Any) -> None:
     sys.stdout.flush()
 
 
-def main(lines: int) -> None:
+def main(lines: int, wide: bool) -> None:
     """Make and run one program after the other; each after the first is asked for by a line."""
     import torch
 
@@ -146,7 +147,7 @@ def main(lines: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     while True:
-        program = make_program(Asked(), lines)
+        program = make_program(Asked(), lines, wide)
         _say(program=program)
         facts = known(program)
         _say(guarded=facts.kind)
@@ -157,4 +158,4 @@ def main(lines: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), bool(sys.argv[2]))

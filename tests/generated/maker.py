@@ -668,6 +668,42 @@ torch.autograd.grad({h}, {a}, torch.ones_like({h}), create_graph=True)[0]
 torch.autograd.grad({h}, {a}, torch.eye({h}.numel()).reshape(-1, *{h}.shape), is_grads_batched=True)[0]
 """.strip().splitlines()
 
+#: Wider: what else an operation may be. Whether a program has them is not drawn: the seeds of old make what they made.
+MORE_OPERATIONS = """
+transformed(torch.func.grad(lambda x: x.sin().sum()), {a})
+transformed(torch.func.grad(lambda x, w: (x * w).exp().sum()), {a}, {b})
+transformed(torch.func.grad(lambda x, w: (x.tanh() * w).square().sum(), argnums=1), {a}, {b})
+transformed(lambda x, w: torch.func.grad(lambda y: (y * w).sin().sum())(x), {a}, {b})
+transformed(lambda x: torch.func.grad(torch.func.grad(lambda y: y ** 3))(x), {a}.sum())
+transformed(lambda x: torch.func.vjp(torch.exp, x)[1](x.cos())[0], {a})
+transformed(lambda x, w: torch.func.vjp(torch.mul, x, w)[1](x * w)[1], {a}, {b})
+transformed(lambda x: torch.func.jvp(torch.sin, (x,), (x.cos(),))[1], {a})
+transformed(torch.func.vmap(torch.func.grad(lambda x: x.exp().sum())), {a})
+transformed(torch.func.vmap(torch.func.grad(lambda x, w: (x * w).square().sum())), {a}, {b})
+transformed(torch.func.vmap(lambda x, w: x.exp() * w), {a}, {b})
+transformed(torch.func.vmap(torch.sigmoid), {a})
+transformed(torch.func.jacrev(lambda x: x.sigmoid().sum()), {a})
+transformed(torch.func.jacfwd(lambda x: x.exp().sum()), {a})
+transformed(torch.func.hessian(lambda x: (x ** 3).sum()), {a})
+transformed(torch.func.grad(lambda x: written_inside(x, x.cos()).sum()), {a})
+region(made_by("eager", bent), {a}, {b})
+region(made_by("aot_eager", bent), {a}, {b})
+region(made_by("aot_eager", written_inside), {a}, {b})
+region(made_by("aot_eager", two_results), {a}, {b})
+checkpoint(bent, {a}, {b}, use_reentrant=False)
+checkpoint(bent, {a}, {b}, use_reentrant=True)
+checkpoint(written_inside, {a}, {b}, use_reentrant=False)
+checkpoint(Product.apply, {a}, {b}, use_reentrant=False)
+checkpoint(F.dropout, {a}, use_reentrant=False)
+region(lambda x, w: checkpoint(lambda y: bent(y, w), x, use_reentrant=False), {a}, {b})
+region(lambda x, w: checkpoint(lambda y: y.exp() + w * w, x, use_reentrant=True), {a}, {b})
+checkpoint(lambda x: checkpoint(torch.exp, x.sin(), use_reentrant=False), {a}, use_reentrant=False)
+InForward.apply({a})
+Doubly.apply({a})
+Viewed.apply({a} * 1)
+Partly.apply({a})[0]
+""".strip().splitlines()
+
 SAVING = ["same", "boxed", "detached", "copied"]
 
 VALUES = ["0", "0.5", "-1", "2", "3.25", "1"]
@@ -679,10 +715,12 @@ class Maker:
     Args:
         chance: where all choices come from.
         lines: at most so many lines are tried.
+        wide: whether the parts that came later are among them.
     """
 
-    def __init__(self, chance: Chance, lines: int) -> None:
+    def __init__(self, chance: Chance, lines: int, wide: bool = False) -> None:
         self.chance = chance
+        self.wide = wide
         self.limit = lines
         self.lines: list[str] = []
         self.space = namespace()
@@ -797,7 +835,7 @@ class Maker:
             source = self.tensor(_numbers)
             if module and source:
                 return self.emit(f"{self.new('y')} = {self.pick(module)}({source})")
-        template = self.fill(self.pick(OPERATIONS))
+        template = self.fill(self.pick(MORE_OPERATIONS if self.wide and self.one_in(5) else OPERATIONS))
         if template is None:
             return False
         if self.one_in(12):
@@ -805,7 +843,9 @@ class Maker:
             if target is not None:
                 return self.emit(f"{target} = {template}")
         if self.one_in(15):
-            return self.emit(f"with saving({self.pick(SAVING)!r}): {self.new('y')} = {template}")
+            return self.emit(
+                f"with saving({self.pick([*SAVING, 'keyed'] if self.wide else SAVING)!r}): {self.new('y')} = {template}"
+            )
         return self.emit(f"{self.new('y')} = {template}")
 
     def module(self) -> bool:
@@ -988,6 +1028,6 @@ def _has_graph(value: torch.Tensor) -> bool:
     return value.requires_grad and not value.is_leaf
 
 
-def make_program(chance: Chance, lines: int = 14) -> Program:
-    """One program of at most about so many lines."""
-    return Maker(chance, lines).make()
+def make_program(chance: Chance, lines: int = 14, wide: bool = False) -> Program:
+    """One program of at most about so many lines; a ``wide`` one may have transforms, compiled regions, and more."""
+    return Maker(chance, lines, wide).make()

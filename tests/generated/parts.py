@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,40 @@ def saving(kind: str) -> Any:
         "keyed": (enter, lambda key: store[key]),
     }
     return torch.autograd.graph.saved_tensors_hooks(*pairs[kind])
+
+
+def transformed(work: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+    """What a transform of torch.func makes of tensors. What shall be the truth puts itself in this place."""
+    return work(*tensors)
+
+
+def region(work: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+    """What a compiled function, or a checkpoint that reads what it is not given, makes of tensors; as before."""
+    return work(*tensors)
+
+
+def bent(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Saves its inputs, its output, and what is between."""
+    return (x.sin() * w).exp()
+
+
+def written_inside(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Writes to what it has made, as it may."""
+    y = x * w
+    y.mul_(2)
+    y[..., :1] = 0.5
+    return y.sigmoid()
+
+
+def two_results(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Saves the second of two outputs."""
+    return x.tanh() * w.softmax(-1) + x
+
+
+@functools.cache
+def made_by(backend: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, compiled."""
+    return torch.compile(work, backend=backend, dynamic=False)
 
 
 class Cube(torch.autograd.Function):
@@ -157,3 +192,66 @@ class OldExp(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         y, _ = ctx.saved_tensors
         return y * gradient
+
+
+class InForward(torch.autograd.Function):
+    """Records a graph of its own in forward, and goes back through it in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            own = x.detach().requires_grad_()
+            result = (own.exp() * own).sin()
+        ctx.save_for_backward(own, result)
+        return result.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        own, result = ctx.saved_tensors
+        return torch.autograd.grad(result, own, gradient, retain_graph=True)[0]
+
+
+class Doubly(torch.autograd.Function):
+    """Its backward is another Function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * Product.apply(x, gradient) / (x + gradient)
+
+
+class Viewed(torch.autograd.Function):
+    """Its output is a view of its input, and saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x.view_as(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient * y.cos()
+
+
+class Partly(torch.autograd.Function):
+    """One of its outputs has no gradient; both are saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, mask = x * 2, x > 0
+        ctx.mark_non_differentiable(mask)
+        ctx.save_for_backward(y, mask)
+        return y, mask
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> torch.Tensor:
+        y, mask = ctx.saved_tensors
+        return gradient * y * mask

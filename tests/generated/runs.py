@@ -119,10 +119,11 @@ def run(
     between: Callable[[], None] | None = None,
     threads: bool = True,
     collecting: bool = False,
+    places: dict[str, Any] | None = None,
 ) -> Outcome:
     """Run a program; ``between`` is called after each line, and where a hook of the program says that it wrote.
 
-    ``collecting`` leaves the garbage collector on. Save hooks of its own belong to one thread: with ``threads=False`` the work of others is done there.
+    ``places``: what takes the place of a part. ``collecting`` leaves the garbage collector on. Save hooks of its own belong to one thread: with ``threads=False`` the work of others is done there.
     """
     outcome = Outcome()
     codes = compiled(program)
@@ -132,6 +133,7 @@ def run(
         space["looked"] = lambda result=None: between()
     if not threads:
         space["in_thread"] = lambda work: work()
+    space.update(places or {})
     torch.manual_seed(20)
     enabled = gc.isenabled()
     if not collecting:
@@ -235,9 +237,10 @@ class Save:
     save hooks switch off, is made here.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, is_output: bool | None = None) -> None:
         node = tensor.grad_fn
-        is_output = node is not None and node._sequence_nr() == torch._C._autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+        if is_output is None:
+            is_output = node is not None and node._sequence_nr() == torch._C._autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
         self.tensor = tensor.detach() if is_output else tensor
         #: None where PyTorch compares none.
         self.version: int | None = tensor._version
@@ -281,6 +284,33 @@ def cloning(refusing: bool = True) -> AbstractContextManager[Any]:
 
     return _also_under_the_programs_hooks((pack, unpack), under)
 
+
+@contextlib.contextmanager
+def _lifted() -> Iterator[None]:
+    """Without the one pair of save hooks that is on the stack; those of the program stay, and are refused as ever."""
+    autograd: Any = torch._C._autograd
+    pair = autograd._top_saved_tensors_default_hooks(True)
+    autograd._pop_saved_tensors_default_hooks()
+    program = autograd._top_saved_tensors_default_hooks(True)
+    if program is not None:
+        autograd._push_saved_tensors_default_hooks(*pair)
+    try:
+        yield
+    finally:
+        if program is None:
+            autograd._push_saved_tensors_default_hooks(*pair)
+
+
+def on_copies(work: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+    """The truth of what torch.func, torch.compile and checkpoints save and read again: nobody else has that memory."""
+    copies = [tensor.clone() for tensor in tensors]
+    with _lifted():
+        result = work(*copies)
+    return result.clone() if isinstance(result, torch.Tensor) else tuple(one.clone() for one in result)
+
+
+#: To make the truth with.
+COPYING = {"transformed": on_copies, "region": on_copies}
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
@@ -372,8 +402,34 @@ class Recorder:
 
         return _also_under_the_programs_hooks((self._pack, self._unpack), under)
 
-    def _pack(self, tensor: torch.Tensor) -> _Recorded:
-        save = _Recorded(tensor)
+    def transformed(self, work: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+        """Record what the nodes save that a transform of torch.func makes: it switches save hooks off."""
+        first = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        with _lifted():
+            result = work(*tensors)
+        todo, seen = [result.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen or not hasattr(node, "_sequence_nr") or node._sequence_nr() < first:
+                continue
+            seen.add(node)
+            todo.extend(following for following, _ in node.next_functions)
+            self._record_node(node)
+        return result
+
+    def _record_node(self, node: Any) -> None:
+        for name in dir(node):
+            if not name.startswith("_raw_saved_"):
+                continue
+            with contextlib.suppress(RuntimeError):
+                raw, saved = getattr(node, name), getattr(node, name.replace("_raw", ""))
+                for one, tensor in zip(raw, saved, strict=True) if isinstance(raw, tuple) else [(raw, saved)]:
+                    if tensor is not None:
+                        is_output = tensor.grad_fn is node
+                        one.register_hooks(lambda x, is_output=is_output: self._pack(x, is_output), self._unpack)
+
+    def _pack(self, tensor: torch.Tensor, is_output: bool | None = None) -> _Recorded:
+        save = _Recorded(tensor, is_output)
         self._live.add(save)
         self.saves += 1
         return save
@@ -397,8 +453,8 @@ def _meaning(tensor: torch.Tensor) -> Any:
 
 
 class _Recorded(Save):
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__(tensor)
+    def __init__(self, tensor: torch.Tensor, is_output: bool | None = None) -> None:
+        super().__init__(tensor, is_output)
         self.bytes = bytes_of(tensor)
         self.meaning = _meaning(tensor)
 
