@@ -52,17 +52,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--programs", type=int, default=None, help="stop after so many programs")
     parser.add_argument("--lines", type=int, default=14, help="how long a program may get (default 14 lines)")
     parser.add_argument("--keep", type=Path, default=None, help="write each failure there, as a script")
-    parser.add_argument("--all-modes", action="store_true", help='under at="read" and repair(), too')
+    parser.add_argument("--all-modes", action="store_true", help='under at="read", repair() and audit(), too')
     parser.add_argument("--worker", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.all_modes:
-        os.environ["TORCHGUARD_FUZZ_ALL_MODES"] = "1"  # for the processes that are started
     if options.worker is not None:
         first, last = options.worker
         work(first, last, options.lines, options.minutes)
         return 0
     seed = int(time.time()) if options.seed is None else options.seed
-    found = search(seed, options.programs, options.minutes, options.lines, shown=lambda text: print(text, flush=True))
+    found = search(
+        seed,
+        options.programs,
+        options.minutes,
+        options.lines,
+        shown=lambda text: print(text, flush=True),
+        modes="all" if options.all_modes else "",
+    )
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
         for i, script in enumerate(found.scripts):
@@ -77,6 +82,7 @@ def search(
     minutes: float = 10.0,
     lines: int = 14,
     shown: Callable[[str], None] = lambda _: None,
+    modes: str = "",
 ) -> Found:
     """Run programs in one child process after the other.
 
@@ -86,8 +92,10 @@ def search(
         minutes: how long.
         lines: how long a program may get.
         shown: is told of each failure, and once a minute how far it is.
+        modes: ``"all"``, ``"read"`` for those that speak when backward reads, ``""`` for those that speak at the write.
     """
     found, first, seen = Found(), seed, set()
+    environment = {**os.environ, "TORCHGUARD_FUZZ_MODES": modes} if modes else None
     end = time.monotonic() + 60 * minutes
     last_shown = time.monotonic()
     while time.monotonic() < end and (programs is None or seed < first + programs):
@@ -96,7 +104,11 @@ def search(
         command = [sys.executable, __file__, "--worker", str(seed), str(last), "--lines", str(lines)]
         phase = "started"
         with subprocess.Popen(
-            [*command, "--minutes", str(left)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*command, "--minutes", str(left)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         ) as child:
             assert child.stdout is not None
             for line in child.stdout:
