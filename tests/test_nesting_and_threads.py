@@ -134,6 +134,30 @@ def test_a_thread_started_inside_runs_under_the_guard(every_call: bool) -> None:
     assert len(guard.violations) == 1
 
 
+def write_by_out() -> None:
+    y = torch.ones(3, requires_grad=True).exp()
+    with torch.no_grad():
+        torch.neg(y, out=y.data)
+
+
+def test_a_thread_started_inside_sees_every_call_if_its_parent_does() -> None:
+    for start in (run, lambda work: ThreadPoolExecutor(1).submit(work).exception()):
+        with strict(every_call=True) as guard:
+            answer = start(write_by_out)
+        assert isinstance(answer, SavedTensorCorruptionError)
+        assert (answer.violation.caught, answer.violation.operation) == ("write", "out=")
+        assert len(guard.violations) == 1
+        with strict() as guard:
+            assert start(write_by_out) is None
+
+
+def test_nothing_is_left_on_the_stack_of_a_pools_thread() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with strict(every_call=True):
+            assert pool.submit(torch._C._len_torch_function_stack).result() == 1
+        assert pool.submit(torch._C._len_torch_function_stack).result() == 0
+
+
 def test_a_thread_started_by_such_a_thread_as_well() -> None:
     with strict():
         assert isinstance(run(lambda: run(corrupt)), SavedTensorCorruptionError)

@@ -488,6 +488,31 @@ def test_what_a_pullback_returns_is_no_part_of_a_graph(write: Callable[[torch.Te
     assert [one.tolist() for one in gradients(program, torchguard.repair())] == [one.tolist() for one in truth]
 
 
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x.mul_(2)
+
+
+def written_by_a_script() -> list[torch.Tensor]:
+    a = leaf()
+    y = a.exp()
+    out = y * 3
+    scripted: Any = torch.jit.script(doubled)
+    scripted(y.detach())
+    return list(torch.autograd.grad(out.sum(), a))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_what_torchscript_writes_is_left_to_pytorch_unless_the_bytes_of_every_save_are_kept() -> None:
+    """docs/limits.md tells it."""
+    with torchguard.repair() as guard, pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        written_by_a_script()
+    assert guard.violations == []
+    truth = gradients(written_by_a_script, cloning())
+    guard = torchguard.Guard("repair", depth="bytes")
+    assert [one.tolist() for one in gradients(written_by_a_script, guard)] == [one.tolist() for one in truth]
+    assert [violation.repaired for violation in guard.violations] == [True]
+
+
 # ---- what stays as it is -------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,12 @@ NAMED = {case.name: case for case in PROGRAMS}
         ("torchguard.strict()", PROGRAMS[0].name, "caught"),
         ("allow_mutation_on_saved_tensors", "out_through_an_alias_that_is_gone", "repaired"),
         ("plain PyTorch", "out_into_a_tracked_alias", None),
-        ("allow_mutation_on_saved_tensors", "out_into_a_tracked_alias", "refused let through"),
+        ("allow_mutation_on_saved_tensors", "out_into_a_tracked_alias", "refused, then right"),
+        ("torchguard.repair()", "out_into_a_tracked_alias", "refused, then right"),
+        ("torchguard.repair()", PROGRAMS[0].name, "repaired"),
+        ('torchguard.strict(at="read")', PROGRAMS[0].name, "caught"),
+        ("torchguard.watch()", PROGRAMS[0].name, "caught"),
+        ("torchguard.audit()", PROGRAMS[0].name, "caught"),
         ("torchguard.strict()", "out_of_values_that_are_there", None),
     ],
 )

@@ -27,25 +27,45 @@ TOOLS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "allow_mutation_on_saved_tensors": torch.autograd.graph.allow_mutation_on_saved_tensors,
     "torchguard.strict()": torchguard.strict,
     "torchguard.strict(every_call=True)": lambda: torchguard.strict(every_call=True),
+    'torchguard.strict(at="read")': lambda: torchguard.strict(at="read"),
+    "torchguard.repair()": torchguard.repair,
+    "torchguard.watch()": torchguard.watch,
+    "torchguard.audit()": torchguard.audit,
 }
 
-COLUMNS = ("caught", "repaired", "missed", "false alarms", "innocent changed", "refused let through")
+#: The first three are of corrupting programs, the next two of those where speaking may do harm, the last two of those
+#: that PyTorch refuses. ("Spoke" is right or wrong as one sees it: bytes of a save were changed, and no gradient is.)
+COLUMNS = (
+    "caught",
+    "repaired",
+    "missed",
+    "false alarms",
+    "innocent changed",
+    "spoke of what is not read",
+    "refused, then right",
+    "refused, then wrong",
+)
 
 
 def verdict(case: Any, make: Callable[[], AbstractContextManager[Any]]) -> str | None:
     """In which column the program under the tool belongs; None where the tool did nothing, rightly."""
-    from harness import Run, outcome_of, plain_run, same_bits, same_values
+    from harness import Run, outcome_of, plain_run, run_with_cloned_saves, same_bits, same_values
 
     plain = plain_run(case)
-    outcome = outcome_of(case, Run(), make)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = outcome_of(case, Run(), make)
     if case.kind == "refused":
-        return None if outcome.error is not None else "refused let through"
+        if outcome.error is not None:
+            return None
+        right = same_values(outcome.results, run_with_cloned_saves(case).results)
+        return "refused, then right" if right else "refused, then wrong"
     if case.kind == "corrupting":
         if outcome.error is not None:
             return "caught"
         return "repaired" if same_values(outcome.results, _truth(case)) else "missed"
     if case.kind == "unread":
-        return None  # to speak, or not, is right
+        return None if outcome.error is None else "spoke of what is not read"
     if outcome.error is not None:
         return "false alarms"
     return None if same_bits(outcome.results, plain.results) else "innocent changed"
@@ -67,7 +87,6 @@ def main() -> None:
     parser.add_argument("--names", action="store_true", help="also list the programs, by tool and column")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     from catalogue import PROGRAMS
 
     programs = [case for case in PROGRAMS if options.route in case.route and not case.allowed]

@@ -52,14 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--programs", type=int, default=None, help="stop after so many programs")
     parser.add_argument("--lines", type=int, default=14, help="how long a program may get (default 14 lines)")
     parser.add_argument("--keep", type=Path, default=None, help="write each failure there, as a script")
-    parser.add_argument("--all-modes", action="store_true", help='under at="read" and repair(), too')
+    parser.add_argument("--all-modes", action="store_true", help='under at="read", repair() and audit(), too')
     parser.add_argument(
         "--narrow", action="store_true", help="what a seed made before there were transforms, compiled regions, ..."
     )
     parser.add_argument("--worker", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.all_modes:
-        os.environ["TORCHGUARD_FUZZ_ALL_MODES"] = "1"  # for the processes that are started
     if options.worker is not None:
         first, last = options.worker
         work(first, last, options.lines, options.minutes, not options.narrow)
@@ -72,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.lines,
         shown=lambda text: print(text, flush=True),
         wide=not options.narrow,
+        modes="all" if options.all_modes else "",
     )
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
@@ -88,6 +87,7 @@ def search(
     lines: int = 14,
     shown: Callable[[str], None] = lambda _: None,
     wide: bool = True,
+    modes: str = "",
 ) -> Found:
     """Run programs in one child process after the other.
 
@@ -98,8 +98,10 @@ def search(
         lines: how long a program may get.
         shown: is told of each failure, and once a minute how far it is.
         wide: whether programs may have the parts that came later.
+        modes: ``"all"``, ``"read"`` for those that speak when backward reads, ``""`` for those that speak at the write.
     """
     found, first, seen = Found(), seed, set()
+    environment = {**os.environ, "TORCHGUARD_FUZZ_MODES": modes} if modes else None
     end = time.monotonic() + 60 * minutes
     last_shown = time.monotonic()
     while time.monotonic() < end and (programs is None or seed < first + programs):
@@ -110,7 +112,11 @@ def search(
             command.append("--narrow")
         phase = "started"
         with subprocess.Popen(
-            [*command, "--minutes", str(left)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*command, "--minutes", str(left)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         ) as child:
             assert child.stdout is not None
             for line in child.stdout:

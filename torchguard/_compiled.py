@@ -155,6 +155,7 @@ class _Collector:
     judges_at_read = True
     repairs = False
     audits = False
+    sees_every_call = False
     depth = "saves"
 
     def __init__(self, guard: _policy.Respondent) -> None:

@@ -203,6 +203,14 @@ def saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
 _POOLS = ("concurrent.futures.thread", "multiprocessing.pool")
 
 
+def _nothing() -> None:
+    return None
+
+
+#: Have a thread see every call, and no longer; those of ``_intercept``.
+every_call: list[Callable[[], None]] = []
+
+
 @contextmanager
 def under(guards: Sequence[_policy.Respondent]) -> Iterator[None]:
     """Run a block under those of another thread's guards that are still on."""
@@ -213,9 +221,12 @@ def under(guards: Sequence[_policy.Respondent]) -> Iterator[None]:
     before = list(_policy.state.guards)
     _policy.adopt(adopted)
     pair = push(adopted[-1].audits)
+    begin, end = every_call if any(guard.sees_every_call for guard in adopted) else (_nothing, _nothing)
+    begin()
     try:
         yield
     finally:
+        end()
         remove(pair)
         _policy.adopt(before)
 

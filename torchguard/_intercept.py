@@ -611,3 +611,6 @@ def see_patched_calls() -> None:
     if state.every_call == 0:
         _torch.remove_function_mode(state.mode)
         state.mode = None
+
+
+_hooks.every_call[:] = [see_every_call, see_patched_calls]

@@ -17,6 +17,10 @@ class Respondent(Protocol):
     depth: Any
 
     @property
+    def sees_every_call(self) -> bool:
+        """Whether it sees calls that no patch sees."""
+
+    @property
     def judges_at_read(self) -> bool:
         """Whether it lets the bytes decide when backward reads, wherever a write was seen coming."""
 

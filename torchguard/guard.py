@@ -305,6 +305,11 @@ class Guard(_Block):
     # ---- what the policy calls
 
     @property
+    def sees_every_call(self) -> bool:
+        """Whether calls are seen that no patch sees. (Asked by torchguard.)"""
+        return self.every_call
+
+    @property
     def judges_at_read(self) -> bool:
         """Whether the bytes decide when backward reads. (Asked by torchguard.)"""
         return self.at == "read" and self.depth != "watch"

@@ -176,6 +176,111 @@ g12 = torch.autograd.grad(y11.sum(), y9, create_graph=True)[0]
 y9.set_(grid(4))
 (g12 * g12).sum().backward()
 """,
+    "write_to_a_neighbour_in_the_same_buffer": """
+n4 = grid(6, 4)
+a2 = torch.nn.Parameter(n4[:3])
+a3 = torch.nn.Parameter(n4[3:])
+y5 = a3.std()
+with torch.inference_mode(): a2 **= 2
+y5.pow(2).sum().backward(retain_graph=True)
+""",
+    "tracked_write_that_changes_nothing_then_a_freed_graph": """
+n4 = bytearray(48)
+a2 = torch.frombuffer(n4, dtype=torch.float32).requires_grad_()
+y5 = a2.kthvalue(1, 0)[0]
+y7 = torch.lerp(a2, y5, y5)
+y5.abs().sum().backward()
+y8 = y7.sigmoid()
+y8.fill_(0.5)
+y8.sum().backward()
+""",
+    "set_to_a_copy_of_itself": """
+a2 = grid(3, 4).requires_grad_()
+y3 = a2 * a2
+with torch.no_grad(): a2.set_(a2.detach().clone())
+y3.sum().backward(create_graph=True)
+""",
+    "step_over_what_a_pair_of_hooks_keeps": """
+n4 = bytearray(48)
+a2 = torch.frombuffer(n4, dtype=torch.float32).requires_grad_()
+with saving('same'): y7 = a2 * a2
+o8 = torch.optim.Adadelta([a2])
+if a2.grad is None: a2.grad = torch.ones_like(a2)
+o8.step()
+y7.abs().sum().backward()
+""",
+    "write_over_what_a_pair_of_hooks_copied": """
+a2 = grid(3, 4).requires_grad_()
+with saving('copied'): y3 = a2 * a2
+a2.data.mul_(2)
+y3.sum().backward()
+""",
+    "repaired_it_ends_in_a_cycle_of_its_own": """
+a2 = grid(4, dtype=torch.float64).requires_grad_()
+y5 = F.glu(a2)
+with torch.no_grad(): a2.scatter_(0, torch.zeros_like(a2[:1], dtype=torch.long), 0)
+y5.sum().backward(create_graph=True)
+""",
+    "repaired_it_keeps_what_is_no_save_of_its_own": """
+a1 = grid(3, 4, dtype=torch.bfloat16)
+a2 = grid(4, 3, dtype=torch.bfloat16).t().contiguous().requires_grad_()
+y3 = F.threshold(a2, 0.1, 0.0)
+y3 = y3.scatter_reduce(0, torch.zeros(3, 4, dtype=torch.long), a1, "prod")
+y3.squeeze_()
+y3.sum().backward(create_graph=True)
+""",
+    "what_would_be_refused_hides_a_later_write": """
+n4 = bytearray(48)
+a2 = torch.frombuffer(n4, dtype=torch.float32).requires_grad_()
+y5, y6 = torch._foreach_tanh([a2, a2])
+y7 = y5.cumprod(-1)
+y7 **= 2
+y8 = y7 * 3
+y6.register_hook(lambda _: looked(torch.normal(0.0, 1.0, y5.data.t().shape, out=y5.data.t())))
+torch.autograd.backward([y6.sum(), y8.sum()])
+""",
+    "saves_without_an_element": """
+a1 = grid(0, 4, dtype=torch.complex64)
+y3 = a1.abs().log1p()
+y5 = F.hardswish(y3)
+m6 = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh())
+y7 = m6(y5)
+a8 = m6.get_parameter('1.weight')
+y10 = F.softplus(y7)
+with torch.no_grad(): a8[a8 > 0] = 2
+torch.nn.init.eye_(y5)
+y10.sum().backward()
+""",
+    "written_in_inference_mode": """
+a2 = grid(1, 4).requires_grad_()
+y3 = torch.linalg.svdvals(a2)
+with torch.inference_mode(): torch.nn.Parameter(y3)[:] = 3.25
+y9 = F.l1_loss(y3, a2)
+y9.abs().sum().backward()
+""",
+    "rebinding_to_integers_is_refused": """
+a2 = grid(3, 1).requires_grad_()
+y3 = a2.mT @ a2
+y3.register_hook(lambda _: looked(torch.nn.utils.vector_to_parameters(torch.full((12,), 1), [y3])))
+y7 = torch.addmm(y3, y3, y3)
+c11 = y3
+c11.sum().backward()
+""",
+    "out_and_gradients_do_not_go_together": """
+a1 = grid(3, 4).requires_grad_()
+with saving('detached'): y3 = F.interpolate(a1.reshape(1, 1, -1), scale_factor=2)
+y5 = F.mish(y3)
+torch.sigmoid(y3.expand_as(torch.from_dlpack(y3.data)), out=torch.from_dlpack(y3.data))
+""",
+    "tracked_write_by_an_operator_in_a_thread": """
+a2 = grid(4, 3).t().contiguous().requires_grad_()
+y3 = checkpoint(Exp.apply, a2, use_reentrant=False)
+y4 = F.mish(y3)
+y5 = y4 ** y3
+in_thread(lambda: torch.ops.aten.mul_(y4, -1))
+torch.nn.Parameter(y3.data).data *= 0.5
+torch.autograd.backward([y5.sum(), y5.sum()])
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}

@@ -107,8 +107,8 @@ def known(program: Program) -> Known:
 
 Make = Callable[[], torchguard.Guard]
 
-#: The variable by which ``tools/fuzz.py`` tells the processes that it starts: ``"1"`` for all, ``"read"`` for ``AT_READ``.
-ALL_MODES = "TORCHGUARD_FUZZ_ALL_MODES"
+#: The variable by which ``tools/fuzz.py`` tells the processes that it starts: "all", "read" or nothing.
+WHICH = "TORCHGUARD_FUZZ_MODES"
 
 MODES: dict[str, Make] = {
     "strict": lambda: torchguard.strict(),
@@ -124,8 +124,7 @@ AT_READ: dict[str, Make] = {
     "audit": lambda: torchguard.audit(),
 }
 ALL = {**MODES, **AT_READ}
-if os.environ.get(ALL_MODES):
-    MODES = AT_READ if os.environ[ALL_MODES] == "read" else ALL
+MODES = {"all": ALL, "read": AT_READ}.get(os.environ.get(WHICH, ""), MODES)
 
 
 def failures(
