@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_places": {"_model", "_torch"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},
-    "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
+    "_preserved": {"_aliases", "_memory", "_places", "_saves", "_torch", "_writes"},
     "_progress": {"guard"},
     "_reads": {
         "_aliases", "_audit", "_counts", "_exports", "_memory", "_places", "_policy", "_refusal", "_rereads",
@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_report._sarif": {"_report._records"},
     "_report._source": set(),
     "_report._writer": {"_report._files", "_report._records", "_report._source", "_violation"},
-    "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves"},
+    "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves", "_torch"},
     "_saves": {
         "_aliases", "_counts", "_exports", "_fingerprint", "_ledger", "_memory", "_places", "_policy", "_torch",
         "_violation",
