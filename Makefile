@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs gallery bench instructions compare probe fuzz sweep soak mutate clean
+.PHONY: help demo test lint format docs gallery bench instructions compare probe fuzz sweep soak mutate compat clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ soak: $(VENV)/installed-dev ## an hour of training, threads and guards that come
 
 mutate: $(VENV)/installed-mutation ## which small changes to a judging module does no test notice? (ARGS="--module _overlap")
 	@$(BIN)/python tools/mutate.py $(ARGS)
+
+compat: $(VENV)/installed-dev ## demo and tests with another torch in a throw-away environment (ARGS="--torch 2.5.0")
+	@$(BIN)/python tools/compat.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks .mutation

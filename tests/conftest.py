@@ -54,8 +54,8 @@ NAMESPACES: dict[str, Any] = {
     "the table of TorchScript's builtins": None,
 }
 
-#: torch replaces these itself, when ``torch._dynamo`` is imported.
-REPLACED_BY_TORCH = {("torch", "manual_seed")}
+#: torch replaces these itself, when ``torch._dynamo`` is imported, or first looked for.
+REPLACED_BY_TORCH = {("torch", "manual_seed"), ("torch.distributed", "_spmd_types_available")}
 
 
 def _contents(owner: Any) -> dict[Any, Any]:

@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pytest
 import torch
 import torch.utils.checkpoint
 
@@ -413,6 +414,12 @@ def _cloning() -> AbstractContextManager[Any]:
         return lambda tensor: pack(tensor.clone()), unpack
 
     return _under_the_programs_hooks(pair)
+
+
+#: For programs that push save hooks and enter a guard inside.
+needs_shown_hooks = pytest.mark.skipif(
+    not _torch.SHOWS_HOOKS, reason="this torch does not show hooks that were pushed before the guard"
+)
 
 
 def program_hooks() -> Hooks | None:

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_places": {"_model", "_torch"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},
-    "_preserved": {"_aliases", "_memory", "_places", "_saves", "_writes"},
+    "_preserved": {"_aliases", "_memory", "_places", "_saves", "_torch", "_writes"},
     "_progress": {"guard"},
     "_reads": {
         "_aliases", "_audit", "_counts", "_exports", "_inputs", "_memory", "_places", "_policy", "_refusal",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import program_hooks
+from harness import needs_shown_hooks, program_hooks
 from torch.autograd.graph import saved_tensors_hooks
 
 from torchguard import (
@@ -818,6 +818,7 @@ def test_a_users_hooks_stay_when_a_guard_below_them_leaves(every_call: bool, fou
     assert before.differences() == []
 
 
+@needs_shown_hooks
 def test_hooks_and_guards_interleaved_in_every_order(found: TakeDown) -> None:
     import itertools
 

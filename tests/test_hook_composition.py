@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Found, hook_stack
-from harness import program_hooks
+from harness import needs_shown_hooks, program_hooks
 from torch.autograd import Function, grad
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -73,6 +73,7 @@ def test_a_pop_too_many_is_refused_in_pytorchs_words() -> None:
             out.data.zero_()
 
 
+@needs_shown_hooks
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
 def test_blocks_left_in_any_order_leave_the_programs_pairs(order: tuple[int, ...], found: TakeDown) -> None:
     before = found()
@@ -109,6 +110,7 @@ def test_the_very_pair_is_back_after_an_exception(found: TakeDown) -> None:
         assert before.differences() == []
 
 
+@needs_shown_hooks
 def test_a_closed_generator_takes_only_its_own(found: TakeDown) -> None:
     def steps() -> Iterator[None]:
         with strict():
@@ -158,6 +160,7 @@ def test_a_thread_composes_its_own_pairs() -> None:
     assert errors == ["unchecked"]
 
 
+@needs_shown_hooks
 def test_a_pair_pushed_where_no_guard_is_stays_as_it_is() -> None:
     stacks: list[Any] = []
 
@@ -180,6 +183,7 @@ def test_a_pair_pushed_where_no_guard_is_stays_as_it_is() -> None:
 # ---- what runs ----------------------------------------------------------------------------------------------------
 
 
+@needs_shown_hooks
 @pytest.mark.parametrize("around", [False, True])
 def test_only_the_innermost_pair_of_the_program_runs(around: bool) -> None:
     ran: list[str] = []
@@ -247,6 +251,7 @@ def in_place(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+@needs_shown_hooks
 @pytest.mark.parametrize(
     "pair",
     [
@@ -283,6 +288,7 @@ def test_a_push_of_nonsense_is_refused_in_pytorchs_words(arguments: tuple[Any, .
     assert plain != "no error"
 
 
+@needs_shown_hooks
 def test_hooks_that_are_disabled_say_so() -> None:
     def program() -> None:
         with disable_saved_tensors_hooks("not here, please"), save_on_cpu():
@@ -589,6 +595,7 @@ def test_swap_tensors_is_possible_where_hooks_copied() -> None:
 # ---- checkpoint ---------------------------------------------------------------------------------------------------
 
 
+@needs_shown_hooks
 @pytest.mark.parametrize("around", [False, True])
 def test_checkpoint_stops_as_early_as_ever(around: bool) -> None:
     calls: list[str] = []

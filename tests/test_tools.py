@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import compare
+import compat
 from catalogue import PROGRAMS
 
 NAMED = {case.name: case for case in PROGRAMS}
@@ -34,3 +35,16 @@ NAMED = {case.name: case for case in PROGRAMS}
 def test_a_program_is_put_into_its_column(tool: str, program: str, column: str | None) -> None:
     case = NAMED[program]
     assert compare.verdict(case, compare.TOOLS[tool]) == column
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("5 failed, 33 passed", {"failed": 5, "passed": 33}),
+        ("121 passed, 1 skipped, 2 warnings", {"passed": 121, "skipped": 1, "warning": 2}),
+        ("807 errors", {"error": 807}),
+        ("Segmentation fault", {}),
+    ],
+)
+def test_the_last_line_of_pytest_is_counted(line: str, expected: dict[str, int]) -> None:
+    assert compat.counted(line) == expected

@@ -22,7 +22,7 @@ told: set[str] = set()
 class Findings:
     """Violations, allowed ones and what is out of sight; filled from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, watching: bool = False) -> None:
         self._first: dict[tuple[Any, ...], Violation] = {}
         self._times: dict[tuple[Any, ...], int] = {}
         self._unwatched: dict[str, None] = {}
@@ -31,7 +31,7 @@ class Findings:
         #: Whether a summary of what was repaired waits for the end of the process: a decorated function is left often.
         self.sum_up_at_exit = False
         self._waits_for_exit = False
-        for what in _torch.missing():
+        for what in _torch.missing(watching):
             self.note_unwatched(what)
 
     def keep(self, violation: Violation) -> bool:

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-from torchguard import _memory, _places
+from torchguard import _memory, _places, _torch
 from torchguard._aliases import ALIASES
 from torchguard._saves import Save
 from torchguard._writes import PRESERVES, allow_if_intended, preserving, saves_near
@@ -32,7 +32,7 @@ def begin(original: Any, block: Any, args: tuple[Any, ...], kwargs: dict[str, An
     here = _places.user_instruction(frame)
     storages: set[int] = set()
     copied = _copied.setdefault(block, [])
-    for tensor in block.tensors:
+    for tensor in _torch.preserved_by(block):
         storage = _memory.storage_of(tensor)
         if not storage or storage in storages:
             continue

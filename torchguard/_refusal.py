@@ -60,9 +60,10 @@ def refusal(tensor: torch.Tensor, expected: int, node: str | None, output: int) 
 
 
 def hold(tensor: torch.Tensor) -> Any:
-    """A node of PyTorch's own that has ``tensor`` saved, without the guard's hooks."""
+    """The output of a node of PyTorch's own that has ``tensor`` saved, without the guard's hooks."""
     with _natively():
-        return _Saver.apply(torch.ones((), requires_grad=True), [tensor]).grad_fn  # type: ignore[no-untyped-call]
+        # The node of a custom Function does not keep itself alive: up to 2.9 it lets go when its output dies.
+        return _Saver.apply(torch.ones((), requires_grad=True), [tensor])  # type: ignore[no-untyped-call]
 
 
 def _look_alike(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,11 +78,11 @@ def _native_message(tensor: torch.Tensor, expected: int) -> str:
     now = tensor._version
     _torch.set_version(tensor, expected)
     try:
-        node = hold(tensor)
+        output = hold(tensor)
     finally:
         _torch.set_version(tensor, now)
     with _torch.unseen():
-        return _unpacking(lambda: node.saved_tensors)
+        return _unpacking(lambda: output.grad_fn.saved_tensors)
 
 
 def _unpacking(unpack: Any) -> str:

@@ -425,7 +425,7 @@ class Session:
         if self.guard is not None:
             from torchguard._findings import Findings
 
-            self.guard.findings = Findings()
+            self.guard.findings = Findings(watching=self.guard.depth == "watch")
 
     def _finish_with_multiprocessing(self) -> None:
         """A process that multiprocessing has forked ends without ``atexit``."""

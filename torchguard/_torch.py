@@ -436,6 +436,9 @@ _top: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 _push: Any = _autograd._push_saved_tensors_default_hooks
 _pop: Any = _autograd._pop_saved_tensors_default_hooks
 
+#: Whether torch tells which hooks are on the stack.
+SHOWS_HOOKS = _top is not None
+
 
 # Note [A stack that is not shown]. Up to 2.7 torch does not tell which hooks are on the stack. What is pushed and
 # popped while torch is patched is written down there; pairs that were pushed before lie below, and are never touched.
@@ -694,6 +697,13 @@ CAPSULE_MAKERS = [
 OPERATOR_TYPES: tuple[type, ...] = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
+#: Writes that the schemas of a torch from before 2.6 do not tell: position and name of what is written to.
+UNMARKED: dict[str, tuple[tuple[int, str], ...]] = {
+    "rrelu_with_noise": ((1, "noise"),),
+    "rrelu_with_noise_": ((1, "noise"),),
+}
+
+
 def schemas_of(name: str) -> list[Any]:
     """Schemas of the overloads of ``aten::name``; empty where there is no such operator."""
     find = getattr(_C, "_jit_get_schemas_for_operator", None)
@@ -842,6 +852,10 @@ def _refused_variables(node: Any, name: str, message: str) -> Iterator[torch.Ten
             yield held
 
 
+#: Whether what a node has saved can be looked at where PyTorch refuses to unpack it.
+SHOWS_SAVES = hasattr(getattr(_autograd, "SavedTensor", None), "data")
+
+
 def _error_of(read: Callable[[], Any]) -> str | None:
     try:
         read()
@@ -852,6 +866,15 @@ def _error_of(read: Callable[[], Any]) -> str | None:
 
 #: The block that puts version counters back.
 PRESERVING_BLOCK: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
+
+
+#: Whether such a block takes several tensors.
+PRESERVES_SEVERAL = "tensors" in getattr(getattr(PRESERVING_BLOCK, "__init__", None), "__annotations__", ())
+
+
+def preserved_by(block: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors whose version counters such a block puts back: up to 2.5 it takes but one."""
+    return tuple(block.tensors) if hasattr(block, "tensors") else (block.tensor,)
 
 
 def node_class_of(function: Any) -> Any:
@@ -926,17 +949,24 @@ def wait_for_operator(result: Any, written: Iterable[torch.Tensor]) -> None:
             wait(tensor)
 
 
-def missing() -> list[str]:
-    """What this build of torch does not offer, as sentences about what therefore is not watched."""
+def missing(watching: bool = False) -> list[str]:
+    """What this build of torch does not offer, as sentences about what therefore is not watched.
+
+    Args:
+        watching: whether it is ``watch()`` that asks, which stands on other names than the guards that see saves.
+    """
     told = []
     if not CAN_PROBE_COUNTERS:
         told.append("torch has no _unsafe_set_version_counter: that an alias shares its counter is told from versions")
-    if _use_count is None:
-        told.append("torch has no Tensor._use_count: under watch(), x.data = y on a saved tensor")
-    if not hasattr(getattr(_autograd, "SavedTensor", None), "data"):
-        told.append(
-            "torch does not show saved tensors: under watch(), a refusal does not name the lines that led to it"
-        )
+    if watching:
+        if _use_count is None:
+            told.append("torch has no Tensor._use_count: x.data = y on a saved tensor")
+        if not SHOWS_SAVES:
+            told.append(
+                "torch does not show saved tensors: a refusal is PyTorch's own, and does not name the lines that led "
+                "to it"
+            )
+        return told
     if not _CAN_HOLD_WEAKLY:
         told.append("torch has no weak references to storages: save hooks that return a key are judged less exactly")
     module, hook = CHECKPOINT_HOOK

@@ -205,7 +205,7 @@ def writer_of(name: str) -> Writer | None:
     if name in _METADATA_ONLY or name in _OF_LISTS:
         return None
     in_place = is_in_place(name)
-    written = dict(_counterless.UNMARKED.get(name, ()))
+    written = dict(_counterless.UNMARKED.get(name, ()) or _torch.UNMARKED.get(name, ()))
     draws = name in _DRAW
     for schema in _torch.schemas_of(name):
         if not in_place and (not schema.is_mutable or schema.overload_name.endswith("out")):

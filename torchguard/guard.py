@@ -158,7 +158,7 @@ class Guard(_Block):
         self.suppressions, problems = _suppressions.read(suppressions, "suppressions")
         if problems:
             raise ValueError(f"torchguard: {problems[0]}")
-        self.findings = Findings()
+        self.findings = Findings(watching=depth == "watch")
         #: Told of every violation, and whether its site is new, before it is answered. Must not raise.
         self.listener: Callable[[Violation, bool], None] | None = None
         #: How many sites to warn of; None for all.
