@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs gallery bench instructions compare probe fuzz sweep soak clean
+.PHONY: help demo test lint format docs gallery bench instructions compare probe fuzz sweep soak others clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -55,8 +55,11 @@ sweep: $(VENV)/installed-dev ## every operator of PyTorch's database, written to
 soak: $(VENV)/installed-dev ## an hour of training, threads and guards that come and go (ARGS="--minutes 5")
 	@$(BIN)/python tools/soak.py $(ARGS)
 
+others: $(VENV)/installed-dev ## other people's packages with and without the guard, in an environment of their own (ARGS="--only timm")
+	@$(BIN)/python tools/others.py $(ARGS)
+
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-others build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:
