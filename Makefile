@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs gallery bench instructions compare probe fuzz sweep soak mutate compat clean
+.PHONY: help demo test lint format docs gallery bench instructions compare probe fuzz sweep soak mutate compat others \
+	clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -61,8 +62,12 @@ mutate: $(VENV)/installed-mutation ## which small changes to a judging module do
 compat: $(VENV)/installed-dev ## demo and tests with another torch in a throw-away environment (ARGS="--torch 2.5.0")
 	@$(BIN)/python tools/compat.py $(ARGS)
 
+others: $(VENV)/installed-dev ## other people's packages with and without the guard, in an environment of their own (ARGS="--only timm")
+	@$(BIN)/python tools/others.py $(ARGS)
+
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks .mutation
+	rm -rf $(VENV) .venv-others build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+		.benchmarks .mutation
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:

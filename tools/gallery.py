@@ -36,6 +36,8 @@ ORDER = (
     "two_losses",
     "wgan_clip",
     "rebound_parameters",
+    "spectral_norm",
+    "codebook",
     "numpy_memory",
     "fused_optimizer",
     "batch_norm",

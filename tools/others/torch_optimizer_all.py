@@ -1,0 +1,33 @@
+"""26 optimisers, eight steps each; Lookahead around one"""
+
+import torch
+import torch.nn.functional as F
+import torch_optimizer
+from others_data import batches, perceptron, state
+
+REQUIRES = ("torch-optimizer", "scikit-learn", "setuptools<81")
+
+#: Shampoo needs several seconds a step.
+SLOW = ("Shampoo",)
+
+
+def train():
+    trained = []
+    names = sorted(name for name, kind in vars(torch_optimizer).items() if _is_optimizer(kind) and name not in SLOW)
+    for name in names:
+        net = perceptron()
+        given = {"base_optimizer": torch.optim.SGD} if name == "SAM" else {}
+        if name == "Lookahead":
+            optimizer = torch_optimizer.Lookahead(torch.optim.SGD(net.parameters(), lr=1e-2))
+        else:
+            optimizer = getattr(torch_optimizer, name)(net.parameters(), lr=1e-3, **given)
+        for images, labels in batches():
+            optimizer.zero_grad()
+            F.cross_entropy(net(images), labels).backward(create_graph=name == "Adahessian")
+            optimizer.step()
+        trained += [tensor.detach() for tensor in state(net)]
+    return trained
+
+
+def _is_optimizer(kind):
+    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
