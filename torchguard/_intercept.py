@@ -318,8 +318,9 @@ def _detach_in_place(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
     tensor = instance if isinstance(instance, torch.Tensor) else (args[0] if args else None)
     saves = _writes.detached_in_place(tensor) if isinstance(tensor, torch.Tensor) else []
     result = wrapped(*args, **kwargs)
-    for save in saves:
-        save.version = _reads.DETACHED
+    if saves and isinstance(tensor, torch.Tensor) and tensor.grad_fn is None:  # a view that is out of date gets another
+        for save in saves:
+            save.version = _reads.DETACHED
     return result
 
 

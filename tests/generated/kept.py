@@ -296,6 +296,15 @@ y4 = transformed(torch.func.grad(lambda x, w: (x * w).square().sum(), argnums=1)
 y4.sum().backward()
 np.copyto(n2, 3.25)
 """,
+    "view_that_was_out_of_date_is_detached": """
+n4 = bytearray(48)
+a2 = torch.frombuffer(n4, dtype=torch.float32).requires_grad_()
+y5 = a2.view_as(a2)
+y6 = y5 / y5
+with torch.no_grad(): a2.add_(1)
+with torch.inference_mode(): y5.detach_()
+y6.sum().backward()
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}

@@ -209,7 +209,7 @@ def differ(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 def _same(a: Any, b: Any, exact: bool) -> bool:
     if not (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 3):
-        return bool(a == b)
+        return bool(a == b) or (a != a and b != b)  # or both are no number
     if a[:2] != b[:2]:
         return False
     x, y = a[2], b[2]
