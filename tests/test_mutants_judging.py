@@ -56,7 +56,12 @@ def test_a_guard_that_was_left_repairs_what_was_saved_under_it() -> None:
         found = gradient(into_its_array, guard, nothing())
     assert torch.equal(found, truth)
     assert not torch.equal(found, gradient(into_its_array, nothing(), nothing()))
-    assert [one.repaired for one in guard.violations] == [True]
+    (told,) = guard.violations
+    assert told.repaired is True
+    assert told.saved_by == "sigmoid"
+    assert told.read is not None
+    assert told.read.source == "out.sum().backward()"
+    assert told.largest_difference == pytest.approx(torch.tensor(3.0).sigmoid().item())
 
     guard = torchguard.repair()
     assert torch.equal(gradient(read_its_array, guard, nothing()), truth)
@@ -86,3 +91,25 @@ def test_backward_in_an_allow_block_is_given_what_is_there() -> None:
     guard = torchguard.repair()
     assert torch.equal(gradient(into_its_array, guard, torchguard.allow("zeroed on purpose")), plain)
     assert guard.violations == []
+
+
+def test_what_is_suppressed_is_not_repaired() -> None:
+    plain = gradient(into_its_array, nothing(), nothing())
+    guard = torchguard.repair(suppressions=["test_mutants_judging.py -- zeroed on purpose"])
+    assert torch.equal(gradient(into_its_array, guard, nothing()), plain)
+    assert guard.violations == []
+    assert [one.allowed for one in guard.allowed] == ["zeroed on purpose (suppressed by suppressions:1)"]
+
+
+def test_at_the_write_nothing_has_changed_yet() -> None:
+    """Though a copy of the save is at hand, since an array was made of it."""
+
+    def write(out: torch.Tensor) -> None:
+        out.detach().numpy()
+        out.data.zero_()
+
+    guard = torchguard.strict()
+    with pytest.raises(SavedTensorCorruptionError):
+        gradient(write, guard, nothing())
+    (told,) = guard.violations
+    assert (told.caught, told.elements, told.largest_difference) == ("write", 3, None)
