@@ -113,3 +113,26 @@ def test_at_the_write_nothing_has_changed_yet() -> None:
         gradient(write, guard, nothing())
     (told,) = guard.violations
     assert (told.caught, told.elements, told.largest_difference) == ("write", 3, None)
+
+
+def test_a_repair_tells_all_that_a_refusal_tells() -> None:
+    def write(out: torch.Tensor) -> None:
+        alias = out.data
+        alias[:2].zero_()
+
+    repairing = torchguard.repair()
+    with pytest.warns(SavedTensorCorruptionWarning):
+        gradient(write, repairing, nothing())
+    refusing = torchguard.strict(at="read")
+    with pytest.raises(SavedTensorCorruptionError):
+        gradient(write, refusing, nothing())
+    (repaired,), (refused,) = repairing.violations, refusing.violations
+    assert repaired.repaired
+    assert not refused.repaired
+    for name in ("kind", "operation", "saved", "aliased", "written", "read", "elements", "of", "caught", "saved_by"):
+        assert getattr(repaired, name) == getattr(refused, name), name
+    assert (repaired.elements, repaired.caught, repaired.operation) == (2, "read", "zero_()")
+    assert repaired.aliased is not None
+    assert repaired.aliased.source == "alias = out.data"
+    assert repaired.written is not None
+    assert repaired.written.source == "alias[:2].zero_()"
