@@ -209,4 +209,5 @@ def test_what_one_look_can_tell_takes_one_step() -> None:
     point = span(4 * 777, 4, (), ())
     assert overlaps(point, point, 1) is True
     assert overlaps(span(0, 4, (7, 11, 13, 17), (4 * 2431, 4 * 221, 4 * 17, 4)), point, 1) is True
+    assert overlaps(span(0, 4, (13, 17), (4 * 17, 4)), span(4 * 77 + 1, 1, (), ()), 1) is True
     assert overlaps(point, point, 0) is None

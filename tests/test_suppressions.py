@@ -51,6 +51,8 @@ def matches(line: str, **values: Any) -> bool:
         ("models", False),
         ("lib/**/net.py", False),
         ("lib/**", False),
+        ("src/**t.py", True),
+        ("src/**x.py", False),
         ("NET.py", False),  # but for Windows, a file has its name
         (r"models\net.py", False),
         ("n.t.py", False),  # a dot is a dot
@@ -112,6 +114,7 @@ def test_a_file_has_its_name_where_the_working_directory_is_gone(
         ("models/net.py", True),
         (r"Models\NET.PY", True),
         (r"C:\work\src\models\net.py:42", True),
+        (r"C:\work\src\models\net.py", True),
         ("c:/work/**", True),
         (r"D:\work\src\models\net.py", False),
         (r"src\net.py", False),
@@ -167,6 +170,54 @@ def test_a_file_gives_those_that_can_be_read_and_names_the_others(
     assert found.reason_for(violation()) == "put back before backward (suppressed by s.txt:3)"
     assert found.reason_for(violation(written=Place("/x.py", 1, "f"))) is None
     assert [one.text for one in found.stale()] == ["old.py -- gone"]
+
+
+def test_a_kind_that_is_like_no_other_is_told() -> None:
+    with pytest.raises(_suppressions.SuppressionError, match=r"^s:3: no kind of violation is called 'xyz'; \(write, "):
+        _suppressions.parse("net.py xyz -- why", "s:3")
+
+
+def test_a_reason_may_have_dashes_in_it() -> None:
+    found = _suppressions.parse("net.py write -- first -- and second", "s:1")
+    assert found is not None
+    assert (found.path, found.kinds, found.reason) == ("net.py", {"write"}, "first -- and second")
+
+
+def test_what_is_no_list_of_lines_is_told() -> None:
+    value: Any = 3
+    found, problems = _suppressions.read(value, "suppressions")
+    assert len(found) == 0
+    assert problems == ["suppressions: the path of a file, or lines of text, and not 3"]
+
+
+def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "s.txt").write_bytes(b"net.py -- \xff")
+    found, (problem,) = _suppressions.read(str(tmp_path / "s.txt"), "")
+    assert len(found) == 0
+    assert problem.startswith(f"{tmp_path / 's.txt'}: 'utf-8' codec can't decode")
+    assert problem.endswith("; nothing is suppressed")
+
+
+def test_a_file_elsewhere_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s.txt").write_text("net.py -- why")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert _suppressions.read(str(tmp_path / "s.txt"), "")[0].all[0].source == f"{tmp_path / 's.txt'}:1"
+    assert _suppressions.read("../s.txt", "")[0].all[0].source == "../s.txt:1"
+
+
+@pytest.mark.parametrize(
+    ("reason", "suppressed"),
+    [
+        (None, False),
+        ("zeroed on purpose", False),
+        ("zeroed on purpose (twice)", False),
+        ("not (suppressed by s:1) but allowed", False),
+        ("why (suppressed by s:1)", True),
+    ],
+)
+def test_the_reason_of_a_suppression_is_known_from_that_of_an_allow_block(reason: str | None, suppressed: bool) -> None:
+    assert _suppressions.gave(reason) is suppressed
 
 
 def test_a_file_that_is_not_there_is_told() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import hashlib
 import importlib.machinery
@@ -44,12 +45,14 @@ _KEPT = "tests/test_generated.py::test_what_was_once_wrong_is_right"
 #: What runs in a process that would not see the mutant, or takes long and says little.
 _LEFT_OUT = ("subprocess", "command_line", "soak", "leak")
 
-#: For each module the tests that may notice: a file or a test in it, and how many of its cases at most.
+#: For each module the tests that may notice: a file or a test in it (and, after #, what its cases' names have in them),
+#: and how many of them at most. Those of the first entry are run first.
 TESTS: dict[str, tuple[tuple[str, int], ...]] = {
     "_overlap": (("tests/test_overlap.py", 1000),),
     "_fingerprint": (("tests/test_fingerprint.py", 1000),),
     "_suppressions": (("tests/test_suppressions.py", 1000),),
     "_verdict": (
+        ("tests/test_mutants_judging.py", 1000),
         ("tests/test_repair.py", 1000),
         ("tests/test_at_read.py", 1000),
         ("tests/test_allow.py", 1000),
@@ -58,14 +61,13 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
     ),
     "_writers": (("tests/test_writers.py", 1000), (_CATALOGUE, 300), (_KEPT, 100)),
     "_rehearsal": (
-        ("tests/test_mutants_writes.py", 1000),
         ("tests/test_guard.py", 1000),
         ("tests/test_transparency_tensors.py", 60),
         (_CATALOGUE, 300),
         (_KEPT, 100),
     ),
     "_selfwrites": (
-        ("tests/test_mutants_writes.py", 1000),
+        (f"{_CATALOGUE}#_its_own_", 40),
         ("tests/test_repair.py", 1000),
         ("tests/test_at_read.py", 1000),
         ("tests/test_transparency_func.py", 60),
@@ -73,7 +75,6 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         (_KEPT, 100),
     ),
     "_writes": (
-        ("tests/test_mutants_writes.py", 1000),
         ("tests/test_guard.py", 1000),
         ("tests/test_at_read.py", 1000),
         ("tests/test_repair.py", 1000),
@@ -83,7 +84,6 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         (_KEPT, 100),
     ),
     "_aliases": (
-        ("tests/test_mutants_aliases.py", 1000),
         ("tests/test_guard.py", 1000),
         ("tests/test_no_leak.py", 1000),
         ("tests/test_functorch.py", 60),
@@ -289,6 +289,8 @@ def in_child(work: Callable[[], Any], cpu: float, wall: float, log: Path) -> tup
         try:
             os.close(receive)
             os.setsid()
+            with contextlib.suppress(OSError, AttributeError):  # who is interrupted leaves nobody behind (Linux)
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -395,15 +397,23 @@ def _run_until_one_fails(items: Sequence[Any]) -> str | None:
 def _chosen(items: list[Any], module: str, seed: int) -> list[Any]:
     """Those of the collected tests that are asked for, at most so many of each kind."""
     chosen: list[Any] = []
-    for prefix, most in TESTS[module]:
+    for tests, most in TESTS[module]:
+        prefix, _, part = tests.partition("#")
         here = [
             item
             for item in items
-            if item.nodeid.startswith(prefix) and not any(word in item.nodeid for word in _LEFT_OUT)
+            if item.nodeid.startswith(prefix) and part in item.nodeid and not any(w in item.nodeid for w in _LEFT_OUT)
         ]
         if len(here) > most:
             here.sort(key=lambda item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest())
-            here = here[:most]
+            seen: Counter[str] = Counter()
+            turns = {}
+            for item in here:  # as many of each of the catalogue's routes, as far as there are
+                route = getattr(getattr(item, "callspec", None), "params", {}).get("case")
+                route = str(getattr(route, "route", ""))
+                turns[item] = seen[route]
+                seen[route] += 1
+            here = sorted(here, key=lambda item: turns[item])[:most]
         chosen += here
     return chosen
 
@@ -540,11 +550,12 @@ class Module:
         return reach
 
     def _order(self, reach: Reach, candidates: set[str]) -> list[str]:
-        """Those that have noticed other mutants first, then file by file, quick ones first, while the budget lasts."""
+        """Those that have noticed other mutants first, then the module's own, then file by file, quick ones first."""
+        own, _, part = TESTS[self.name][0][0].partition("#")
         files: dict[str, list[str]] = defaultdict(list)
         for test in sorted(candidates, key=lambda test: (reach.seconds[test], test)):
-            files[test.partition("::")[0]].append(test)
-        turns = [(i, name) for tests in files.values() for i, name in enumerate(tests)]
+            files["" if test.startswith(own) and part in test else test.partition("::")[0]].append(test)
+        turns = [(i if file else -1, test) for file, tests in files.items() for i, test in enumerate(tests)]
         ordered = sorted(turns, key=lambda turn: (-self._kills[turn[1]], turn))
         chosen: list[str] = []
         seconds = 0.0

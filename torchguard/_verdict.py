@@ -45,9 +45,7 @@ def repair(
     assert guard is not None
     if remarks.healed is None:
         elements = save.changed_elements
-        violation = _described(
-            save, kind, operation, aliased, written, read, elements, "read", reason=None, repaired=True
-        )
+        violation = _described(save, kind, operation, aliased, written, read, elements, "read", reason=None)
         remarks.healed = guard.heal(violation)
     return save.restored() if remarks.healed else None
 
@@ -83,7 +81,6 @@ def _described(
     elements: int,
     caught: Literal["write", "read"],
     reason: str | None,
-    repaired: bool = False,
 ) -> Violation:
     proof = None if save.remarks is None or caught == "write" else save.remarks.proof
     difference = None if proof is None else _memory.largest_difference(save.tensor, proof)
@@ -100,7 +97,6 @@ def _described(
         of=_torch.behind(save.tensor).numel(),
         caught=caught,
         allowed=reason,
-        repaired=repaired,
         thread=threading.current_thread().name,
         **_memory.describe(save.tensor),
     )

@@ -280,6 +280,16 @@ y5 = y4 ** y3
 in_thread(lambda: torch.ops.aten.mul_(y4, -1))
 torch.nn.Parameter(y3.data).data *= 0.5
 torch.autograd.backward([y5.sum(), y5.sum()])
+""",
+    "view_that_was_out_of_date_is_detached": """
+n4 = bytearray(48)
+a2 = torch.frombuffer(n4, dtype=torch.float32).requires_grad_()
+y5 = a2.view_as(a2)
+y6 = y5 / y5
+with torch.no_grad(): a2.add_(1)
+with torch.inference_mode(): y5.detach_()
+y6.sum().backward()
+""",
     "memory_that_others_hold_is_saved_inside_a_transform": """
 a1 = grid(1).requires_grad_()
 n2 = np.linspace(-1.7, 2.3, 12, dtype=np.float32).reshape(3, 4)
@@ -295,15 +305,6 @@ a3 = torch.from_numpy(n2)
 y4 = transformed(torch.func.grad(lambda x, w: (x * w).square().sum(), argnums=1), a1, a3)
 y4.sum().backward()
 np.copyto(n2, 3.25)
-""",
-    "view_that_was_out_of_date_is_detached": """
-n4 = bytearray(48)
-a2 = torch.frombuffer(n4, dtype=torch.float32).requires_grad_()
-y5 = a2.view_as(a2)
-y6 = y5 / y5
-with torch.no_grad(): a2.add_(1)
-with torch.inference_mode(): y5.detach_()
-y6.sum().backward()
 """,
 }
 
