@@ -74,9 +74,9 @@ _CAN_HOLD_WEAKLY = all(hasattr(_Storage, name) for name in ("_weak_ref", "_new_w
 _untyped_storage: Callable[[torch.Tensor], Any] = torch.Tensor.untyped_storage
 
 
-# In 2.5, and no more in 2.13, the Python object of a tensor or storage that only torch holds dies, and leaves a pointer to nothing, when a
-# weak reference has given it out and it is let go of again, unless its owner is told in between. Where what torch holds
-# counts as a reference, too, there is nothing to tell.
+# In 2.5, and no more in 2.13, the Python object of a tensor or storage that only torch holds dies, and leaves a pointer
+# to nothing, when a weak reference has given it out and it is let go of again, unless its owner is told in between.
+# Where what torch holds counts as a reference, too, there is nothing to tell.
 
 
 class _Telling(ref[Any]):
