@@ -62,7 +62,7 @@ def refusal(tensor: torch.Tensor, expected: int, node: str | None, output: int) 
 def hold(tensor: torch.Tensor) -> Any:
     """The output of a node of PyTorch's own that has ``tensor`` saved, without the guard's hooks."""
     with _natively():
-        # The node of a custom Function does not keep itself alive: up to 2.9 it lets go when its output dies.
+        # The node of a custom Function does not keep itself alive: in 2.5 it lets go when its output dies.
         return _Saver.apply(torch.ones((), requires_grad=True), [tensor])  # type: ignore[no-untyped-call]
 
 

@@ -56,7 +56,7 @@ class StashedSave(Save):
         return self._name
 
 
-#: ``Function.apply`` as torch has it: a class method, in Python or (since 2.15) in C.
+#: ``Function.apply`` as torch has it: a class method, in Python or (2.15) in C.
 _apply: Any = vars(torch.autograd.Function)["apply"]
 
 

@@ -74,9 +74,9 @@ _CAN_HOLD_WEAKLY = all(hasattr(_Storage, name) for name in ("_weak_ref", "_new_w
 _untyped_storage: Callable[[torch.Tensor], Any] = torch.Tensor.untyped_storage
 
 
-# Up to 2.9 the Python object of a tensor or storage that only torch holds dies, and leaves a pointer to nothing, when a
-# weak reference has given it out and it is let go of again, unless its owner is told in between. Since then what torch
-# holds counts as a reference, too.
+# In 2.5, and no more in 2.13, the Python object of a tensor or storage that only torch holds dies, and leaves a pointer
+# to nothing, when a weak reference has given it out and it is let go of again, unless its owner is told in between.
+# Where what torch holds counts as a reference, too, there is nothing to tell.
 
 
 class _Telling(ref[Any]):
@@ -440,7 +440,7 @@ _pop: Any = _autograd._pop_saved_tensors_default_hooks
 SHOWS_HOOKS = _top is not None
 
 
-# Note [A stack that is not shown]. Up to 2.7 torch does not tell which hooks are on the stack. What is pushed and
+# Note [A stack that is not shown]. Torch 2.5 to 2.7 do not tell which hooks are on the stack. What is pushed and
 # popped while torch is patched is written down there; pairs that were pushed before lie below, and are never touched.
 
 
@@ -697,7 +697,7 @@ CAPSULE_MAKERS = [
 OPERATOR_TYPES: tuple[type, ...] = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
-#: Writes that the schemas of a torch from before 2.6 do not tell: position and name of what is written to.
+#: Writes that the schemas of torch 2.5 do not tell: position and name of what is written to.
 UNMARKED: dict[str, tuple[tuple[int, str], ...]] = {
     "rrelu_with_noise": ((1, "noise"),),
     "rrelu_with_noise_": ((1, "noise"),),
@@ -873,7 +873,7 @@ PRESERVES_SEVERAL = "tensors" in getattr(getattr(PRESERVING_BLOCK, "__init__", N
 
 
 def preserved_by(block: Any) -> tuple[torch.Tensor, ...]:
-    """The tensors whose version counters such a block puts back: up to 2.5 it takes but one."""
+    """The tensors whose version counters such a block puts back: in 2.5 it takes but one."""
     return tuple(block.tensors) if hasattr(block, "tensors") else (block.tensor,)
 
 
