@@ -29,7 +29,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,8 @@ class Suite:
 
 SUITES = (
     Suite("ema-pytorch", ("tests",)),
-    Suite(
-        "opacus", ("opacus/tests/grad_samples/linear_test.py", "opacus/tests/dp_layers", "opacus/tests/poisson_test.py")
-    ),
-    Suite("pytorch-optimizer", ("tests/optimizers", "tests/test_wrapper_optimizers.py")),
-    Suite("timm", ("tests/test_optim.py",)),
+    Suite("pytorch-optimizer", ("tests/optimizers/test_lomo.py", "tests/optimizers/test_schedulefree.py")),
     Suite("torch-optimizer", ("tests/test_optimizer_with_nn.py", "tests/test_param_validation.py")),
-    Suite("torchopt", ("tests/test_clip.py", "tests/test_implicit.py", "tests/test_optim.py")),
 )
 
 
@@ -221,12 +216,14 @@ def _in_a_line(violation: dict[str, Any]) -> str:
 class Runner:
     """Runs a training in processes that differ in nothing but the guard.
 
-    One process of the environment's interpreter imports torch, once, and forks. A child is put under the guard by the very
-    function that torch calls at the end of its import when ``TORCHGUARD`` is set; only then is the package imported.
+    One process of the environment's interpreter imports torch, once, and forks. A child is put under the guard by the
+    very function that torch calls at the end of its import when ``TORCHGUARD`` is set; only then is the package
+    imported.
     """
 
-    def __init__(self, python: str) -> None:
-        command = [python, str(Path(__file__).resolve()), "--serve"]
+    def __init__(self, python: str, training: Training) -> None:
+        preloaded = ["sklearn.datasets"] if "scikit-learn" in training.requires else []  # what most of them learn from
+        command = [python, str(Path(__file__).resolve()), "--serve", *preloaded]
         self._server = subprocess.Popen(
             command, env=environment(None, Path()), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -260,13 +257,10 @@ class Runner:
             return Outcome(ended, told.get("weights", ""), read_alarms(report), output)
 
 
-def serve() -> None:
+def serve(preloaded: Sequence[str]) -> None:
     """Fork a child for each line of standard input, and say how it ended; in the child, run what the line asks for."""
-    import torch
-
-    del torch
-    with suppress(ImportError):
-        importlib.import_module("sklearn.datasets")  # what most trainings learn from
+    for name in ("torch", *preloaded):
+        importlib.import_module(name)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -399,17 +393,20 @@ def judge_suite(
     tally = ", ".join(
         f"{list(plain.values()).count(what)} {what}" for what in sorted(set(plain.values()), reverse=True)
     )
+
+    def verdict(said: str, ok: bool = False) -> Verdict:
+        return Verdict("tests", suite.package, version, about, said, alarms, ok, why)
+
     if not plain:
-        return Verdict("tests", suite.package, version, about, "no test ran", alarms, False, why)
+        return verdict("no test ran")
     if open_:
         shown = "; ".join(f"{name}: {plain.get(name)} -> {guarded.get(name)}" for name in open_[:5])
-        return Verdict(
-            "tests", suite.package, version, about, f"{len(open_)} tests differ: {shown}", alarms, False, why
-        )
+        return verdict(f"{_count(len(open_), 'test')} changed: {shown}")
     if alarms and not suite.alarms:
-        return Verdict("tests", suite.package, version, about, f"{tally}; alarms not explained", alarms, False, why)
-    said = f"{tally}; " + (f"{len(changed)} of them refused, explained" if changed else "the same under strict")
-    return Verdict("tests", suite.package, version, about, said, alarms, True, why)
+        return verdict(f"{tally}; alarms not explained")
+    return verdict(
+        f"{tally}; " + (f"{len(changed)} of them refused, explained" if changed else "the same under strict"), True
+    )
 
 
 def _count(number: int, what: str) -> str:
@@ -492,7 +489,7 @@ def try_training(environment_: Environment, training: Training, modes: Sequence[
     if wrong is not None:
         said = f"cannot be installed here: {wrong}"
         return Verdict(training.path.stem, training.package, "", training.about, said)
-    with Runner(environment_.python) as runner:
+    with Runner(environment_.python, training) as runner:
         plain = runner.run(training, None)
         truth = runner.run(training, None, cloned=True)
         guarded = {mode: runner.run(training, mode) for mode in modes}
@@ -588,12 +585,13 @@ def kept(folder: Path, trainings: Sequence[Training]) -> tuple[list[Verdict], li
 _BEGIN, _END = "<!-- written by tools/others.py -->", "<!-- end -->"
 
 
-def record(page: Path, verdicts: Sequence[Verdict]) -> None:
-    """Put the table into the page, between the two marks."""
+def record(page: Path, verdicts: Sequence[Verdict], missing: Sequence[str]) -> None:
+    """Put the table into the page, between the two marks, and what it lacks."""
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(_BEGIN)
     versions = f"torch {importlib.metadata.version('torch')}, Python {'.'.join(map(str, sys.version_info[:3]))}"
-    middle = f"{_BEGIN}\n\n{versions}:\n\n{table(verdicts)}\n\n{_END}"
+    lacks = f"\n\nNot run for this table: {', '.join(missing)}." if missing else ""
+    middle = f"{_BEGIN}\n\n{versions}:\n\n{table(verdicts)}{lacks}\n\n{_END}"
     page.write_text(before + middle + rest.partition(_END)[2], encoding="utf-8")
 
 
@@ -613,10 +611,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--record", action="store_true", help="write what this and earlier runs found into docs/others.md"
     )
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
-    if asked.serve:
-        serve()
+    if asked.serve is not None:
+        serve(asked.serve)
         return 0
     modes = [mode.strip() for mode in asked.modes.split(",")]
     unknown = [mode for mode in modes if mode not in MODES]
@@ -635,7 +633,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"others: the environment cannot be made: {wrong}")
         return 1
     verdicts = []
-    for one in (*chosen, *suites):
+    asked_for: list[Training | Suite] = [*chosen, *suites]
+    for one in asked_for:
         verdict = try_training(place, one, modes) if isinstance(one, Training) else try_suite(place, one)
         verdicts.append(verdict)
         keep(verdict, asked.directory / "verdicts")
@@ -646,11 +645,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"       {alarm}")
         sys.stdout.flush()
     if asked.record:
-        known, missing = kept(asked.directory / "verdicts", trainings)
-        if missing:
-            print(f"others: {PAGE.name} is not written, these have not been run yet: {', '.join(missing)}")
-            return 1
-        record(PAGE, known)
+        record(PAGE, *kept(asked.directory / "verdicts", trainings))
     bad = sum(not verdict.ok for verdict in verdicts)
     print(f"others: {len(verdicts)} runs, {bad or 'none'} not as it must be")
     return int(bool(bad))

@@ -1,9 +1,9 @@
 """A spectral norm keeps its singular vectors by `.data`, and the critic is called twice
 
-Each forward improves the two vectors and assigns them, `u.data = ...`. A critic that sees the real images, then the fake
-ones, and goes backward once, computes the first gradient with the second pair of vectors. PyTorch's own
-`spectral_norm` had this mistake in 2018, and clones the vectors since then; the code below is still in use, in
-torchgan 0.1.0 for one ([others.md](others.md)).
+Each forward improves the two vectors and assigns them, `u.data = ...`. A critic that sees the real images, then the
+fake ones, and goes backward once, computes the first gradient with the second pair of vectors. PyTorch's own
+`spectral_norm` wrote over its vectors, too, and has cloned them since 2018; torchgan 0.1.0 does what is shown here
+([other people's code](others.md)).
 
 Upstream: [pytorch#13350](https://github.com/pytorch/pytorch/pull/13350)
 """

@@ -7,9 +7,9 @@ from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 REQUIRES = ("vector-quantize-pytorch",)
 ALARM = (
-    "True, and without consequence: the codebook that the distances were computed with is written to while the graph of the "
-    "distances is alive, but with these options no gradient goes through them. `strict()` says *if backward reads it*; "
-    'with `at="read"` it is silent.'
+    "True, and without consequence: the codebook that the distances were computed with is written to while the graph "
+    "of the distances is alive, but with these options no gradient goes through them. `strict()` says *if backward "
+    'reads it*; with `at="read"` it is silent.'
 )
 
 KINDS = (

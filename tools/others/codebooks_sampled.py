@@ -8,10 +8,9 @@ from vector_quantize_pytorch import VectorQuantize
 REQUIRES = ("vector-quantize-pytorch",)
 CORRUPTS = True
 ALARM = (
-    "True. `forward` moves the codebook by `embed.data.copy_` once it has computed the distances to it. With a loss on the "
-    "distances, or codes sampled with a gradient, backward needs the codebook that they were computed with, and reads the "
-    "moved one. (With the default options no gradient goes through the distances, and the guard is silent.) In the "
-    "[gallery](gallery.md)."
+    "True. `forward` moves the codebook by `embed.data.copy_` once it has computed the distances to it. With a loss "
+    "on the distances, or codes sampled with a gradient, backward needs the codebook that they were computed with and "
+    "reads the moved one. In the [gallery](gallery.md)."
 )
 
 KINDS = (

@@ -12,9 +12,9 @@ from torchgan.layers import SpectralNorm2d  # noqa: E402
 REQUIRES = ("torchgan", "scikit-learn", "setuptools<81")
 CORRUPTS = True
 ALARM = (
-    "True. Every forward assigns new singular vectors to `u.data` and `v.data`, which the previous forward has saved for the "
-    "gradient of `sigma`. A critic that sees real and fake images before one backward gets the gradient of the first with "
-    "the vectors of the second. PyTorch's own `spectral_norm` clones them for this reason "
+    "True. Every forward assigns new singular vectors to `u.data` and `v.data`, which the previous forward has saved "
+    "for the gradient of `sigma`. A critic that sees real and fake images before one backward gets the gradient of the "
+    "first with the vectors of the second. PyTorch's own `spectral_norm` clones them for this reason "
     "([pytorch#13350](https://github.com/pytorch/pytorch/pull/13350)). In the [gallery](gallery.md)."
 )
 
