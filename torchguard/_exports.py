@@ -191,6 +191,8 @@ class Exports:
         if grad_fn is not None:
             learn_node(type(grad_fn))
         try:
+            if _torch.is_wrapper(tensor):
+                tensor = _torch.behind(tensor)
             untyped = tensor.untyped_storage()
             if is_open(untyped):
                 self.keep(save, self.shared(untyped, storage, True))

@@ -281,6 +281,22 @@ in_thread(lambda: torch.ops.aten.mul_(y4, -1))
 torch.nn.Parameter(y3.data).data *= 0.5
 torch.autograd.backward([y5.sum(), y5.sum()])
 """,
+    "memory_that_others_hold_is_saved_inside_a_transform": """
+a1 = grid(1).requires_grad_()
+n2 = np.linspace(-1.7, 2.3, 12, dtype=np.float32).reshape(3, 4)
+a3 = torch.from_numpy(n2)
+y4 = transformed(torch.func.grad(lambda x, w: (x * w).square().sum(), argnums=1), a1, a3)
+np.copyto(n2, 3.25)
+y4.sum().backward()
+""",
+    "memory_that_others_hold_is_written_after_a_transform_was_read": """
+a1 = grid(1).requires_grad_()
+n2 = np.linspace(-1.7, 2.3, 12, dtype=np.float32).reshape(3, 4)
+a3 = torch.from_numpy(n2)
+y4 = transformed(torch.func.grad(lambda x, w: (x * w).square().sum(), argnums=1), a1, a3)
+y4.sum().backward()
+np.copyto(n2, 3.25)
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}
