@@ -22,8 +22,8 @@ from test_broken_guard import Mute
 
 import torchguard
 
-#: In so many tests of their own.
-PARTS = 8
+#: In so many tests of their own, of which the last make programs with transforms, compiled regions, and more.
+PARTS, WIDE = 8, 2
 
 #: How many of others also run in the modes that speak when backward reads.
 AT_READ, FIRST_AT_READ = 300, 500_000
@@ -53,7 +53,7 @@ def test_all_properties_hold(part: int) -> None:
         programs.add(judged.program)
         assert judged.failures == [], f"\n{judged.script}"
 
-    with Judge() as judge:
+    with Judge(wide=part >= PARTS - WIDE) as judge:
         (seed(part)(holds) if settings().derandomize else holds)()
     each = sum(kinds.values())
     assert each >= 300
@@ -111,6 +111,13 @@ def test_all_properties_hold_where_backward_speaks() -> None:
 
 def test_the_same_seed_makes_the_same_program() -> None:
     assert make_program(random.Random(3)) == make_program(random.Random(3))
+    assert make_program(random.Random(8), wide=True) == make_program(random.Random(8), wide=True)
+
+
+def test_wide_programs_have_all_that_others_have_not() -> None:
+    text = "\n".join(line for number in range(60) for line in make_program(random.Random(number), wide=True))
+    for word in ("transformed(", "region(", "keyed", "vmap(", "aot_eager", "use_reentrant=True"):
+        assert word in text
 
 
 def corrupting() -> Program:
