@@ -154,9 +154,7 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
     raises, repairs = guard.action == "raise", str(guard.action) == "repair"
     may_speak = facts.touched if repairs else facts.read if str(guard.at) == "read" else facts.written
     plain = facts.plain
-    refused_alike = (
-        plain.error is not None and outcome.error is not None and _same_error(outcome.error, plain.error)
-    )
+    refused_alike = plain.error is not None and outcome.error is not None and _same_error(outcome.error, plain.error)
     if repairs and not spoke and plain.error is not None and not refused_alike:
         plain = facts.repaired  # every byte is as it was saved: it goes on, and nobody need know
         if facts.healed:
@@ -164,7 +162,7 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
     if plain.error is not None and any("region(" in line for line in program):
         may_speak = (
             may_speak or facts.touched
-        )  # what a checkpoint reads again comes before what PyTorch refuses later on
+        )  # of what a checkpoint reads again, before PyTorch refuses what comes later
     if outcome.error is not None and outcome.error[0] == "SavedTensorCorruptionError":
         if not raises:
             fail("crash", "warn() raises")
