@@ -22,8 +22,8 @@ from test_broken_guard import Mute
 
 import torchguard
 
-#: In so many tests of their own, of which the last make programs with transforms, compiled regions, and more.
-PARTS, WIDE = 8, 2
+#: In so many tests of their own, of which the last WIDE make programs with transforms, compiled regions, ...
+PARTS, WIDE = 8, 0
 
 #: How many of others also run in the modes that speak when backward reads.
 AT_READ, FIRST_AT_READ = 300, 500_000
