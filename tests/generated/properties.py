@@ -159,10 +159,9 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
         plain = facts.repaired  # every byte is as it was saved: it goes on, and nobody need know
         if facts.healed:
             fail("unsaid", ", ".join(facts.healed))
+    # A checkpoint speaks of what it reads again before PyTorch refuses what comes later.
     if plain.error is not None and any("region(" in line for line in program):
-        may_speak = (
-            may_speak or facts.touched
-        )  # what a checkpoint reads again comes before what PyTorch refuses later on
+        may_speak = may_speak or facts.touched
     if outcome.error is not None and outcome.error[0] == "SavedTensorCorruptionError":
         if not raises:
             fail("crash", "warn() raises")
