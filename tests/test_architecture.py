@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_saves", "_torch", "_verdict", "_violation",
     },
     "_hooks": {"_functorch", "_hooked", "_memory", "_policy", "_reads", "_saves", "_torch"},
-    "_inputs": {"_torch"},
+    "_inputs": {"_memory", "_torch"},
     "_intercept": {
         "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_inputs", "_interchange",
         "_memory", "_patching", "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal",

@@ -30,7 +30,7 @@ import torch.utils.checkpoint
 from torchguard import _memory, _places, _policy, _torch, _verdict
 from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
 from torchguard._exports import EXPORTS, Export
-from torchguard._inputs import read_recording, saved_before
+from torchguard._inputs import forget_read, read_recording, saved_before
 from torchguard._overlap import overlaps
 from torchguard._reads import collector, export_behind, is_unused
 from torchguard._rereads import Reread, running
@@ -343,6 +343,8 @@ def compose(program: Hooks) -> Hooks:
                 tensor = unpack_program(save.packed)
             finally:
                 collector.saves = outer
+            if read_recording and isinstance(tensor, torch.Tensor):
+                forget_read(tensor)
             if suspicious and not certain:
                 found = _verdict_on(save, tensor)
         if isinstance(found, torch.Tensor):

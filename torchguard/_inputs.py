@@ -14,7 +14,7 @@ from weakref import ref
 
 import torch
 
-from torchguard import _torch
+from torchguard import _memory, _torch
 
 #: By storage: the node that last read saved inputs there while it recorded a graph, and their saves, held weakly.
 read_recording: dict[int, tuple[tuple[int, str], list[ref[Any]]]] = {}
@@ -36,6 +36,14 @@ def note_read(save: Any) -> None:
     read_recording[storage] = reader, saves
 
 
+def forget_read(tensor: torch.Tensor) -> None:
+    """A program's own unpack gave this tensor, PyTorch makes a new one of it, with or without the guard.
+
+    To give it, a checkpoint reads its arguments in the name of the same node.
+    """
+    read_recording.pop(_memory.storage_of(tensor), None)
+
+
 def saved_before(storage: int, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that was saved before, where ``tensor`` is what PyTorch made of it for a node that saves it again."""
     known = read_recording.get(storage)
@@ -47,7 +55,9 @@ def saved_before(storage: int, tensor: torch.Tensor) -> torch.Tensor:
             if save is None:
                 continue
             original: torch.Tensor = save.tensor
-            if original is tensor or _is_made_of(tensor, original):
+            if original is tensor or (
+                _torch.is_wrapper(original) == _torch.is_wrapper(tensor) and _is_made_of(tensor, original)
+            ):
                 return original
     return tensor
 

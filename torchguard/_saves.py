@@ -68,6 +68,7 @@ class Remarks:
         "exports",
         "fingerprint",
         "guard",
+        "handed",
         "healed",
         "lent",
         "parts",
@@ -105,6 +106,8 @@ class Remarks:
         self.alias: _places.Instruction = None
         #: The guard that saw the write and left it to the bytes: it answers, wherever backward reads.
         self.taken_by: _policy.Respondent | None = None
+        #: What PyTorch is given when it reads, where that is the wrapper of a transform that is over.
+        self.handed: torch.Tensor | None = None
         #: The guard that was left while this save was under suspicion: it answers when backward reads it after all.
         self.guard: _policy.Respondent | None = None
         #: By what code outside torch could write to it: the bytes decide at the read.
@@ -254,14 +257,16 @@ class Save:
 
     def restored(self) -> torch.Tensor:
         """A copy of the bytes that were saved, for backward: autograd gives it the history that the save has."""
-        proof = None if self.remarks is None else self.remarks.proof
-        assert proof is not None
+        remarks = self.remarks
+        assert remarks is not None
+        assert remarks.proof is not None
+        tensor = self.tensor if remarks.handed is None else remarks.handed
         with _torch.hidden():
-            copy = handed_out(proof)
-            kind = type(self.tensor)
-            if kind not in _memory.PLAIN_TYPES and not _torch.is_wrapper(self.tensor):
+            copy = handed_out(remarks.proof)
+            kind = type(tensor)
+            if kind not in _memory.PLAIN_TYPES and not _torch.is_wrapper(tensor):
                 copy = copy.as_subclass(kind)
-            return _torch.in_place_of(self.tensor, copy)
+            return _torch.in_place_of(tensor, copy)
 
     @property
     def is_taken(self) -> bool:
@@ -633,9 +638,13 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
         return save
 
     def pack_exotic(tensor: torch.Tensor, depth: int = 2) -> Save:
+        given = tensor
         with disabled():
+            tensor = _torch.within_what_is_over(given)
             save = pack(tensor, depth)
         remarks = save.remark()  # a save with remarks is read with user code kept out
+        if tensor is not given:
+            remarks.handed = given
         if _memory.span_of(tensor) is None:
             remarks.parts = tuple(
                 Part(save, inner) for inner in _torch.parts_of(save.tensor) if _memory.storage_of(inner)

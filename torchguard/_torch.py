@@ -234,6 +234,8 @@ _NO = lambda tensor: False  # noqa: E731
 _is_wrapped: Callable[[torch.Tensor], bool] = getattr(_transforms, "is_functorch_wrapped_tensor", _NO)
 _is_grad_wrapper: Callable[[torch.Tensor], bool] = getattr(_transforms, "is_gradtrackingtensor", _NO)
 _is_batch_wrapper: Callable[[torch.Tensor], bool] = getattr(_transforms, "is_batchedtensor", _NO)
+#: The level that torch tells of a wrapper whose transform is over.
+_OVER = -2
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
@@ -253,6 +255,13 @@ def levels_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def behind(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that has the memory: ``tensor`` itself unless torch.func wrapped it."""
     while _is_wrapped(tensor) and is_wrapper(tensor):
+        tensor = _transforms.get_unwrapped(tensor)
+    return tensor
+
+
+def within_what_is_over(tensor: torch.Tensor) -> torch.Tensor:
+    """What is inside the wrappers of a ``torch.func.grad`` (or ``vjp``, ...) that is over: operations work on that."""
+    while _is_wrapped(tensor) and _is_grad_wrapper(tensor) and _transforms.maybe_get_level(tensor) == _OVER:
         tensor = _transforms.get_unwrapped(tensor)
     return tensor
 

@@ -306,6 +306,35 @@ y4 = transformed(torch.func.grad(lambda x, w: (x * w).square().sum(), argnums=1)
 y4.sum().backward()
 np.copyto(n2, 3.25)
 """,
+    "what_a_pullback_saved_is_written_to": """
+a1 = grid(3, 4)
+a2 = grid(3, 4).requires_grad_()
+y3 = transformed(lambda x, w: torch.func.vjp(torch.mul, x, w)[1](x * w)[1], a2, a1)
+with torch.no_grad(): a2.add_(1)
+y3.sum().backward()
+""",
+    "what_a_pullback_saved_is_silently_written_to": """
+a1 = grid(3, 4)
+a2 = grid(3, 4).requires_grad_()
+y3 = transformed(lambda x, w: torch.func.vjp(torch.mul, x, w)[1](x * w)[1], a2, a1)
+a2.data.add_(1)
+y3.sum().backward()
+""",
+    "what_a_pullback_saved_is_differentiated_three_times": """
+a1 = grid(3, 4)
+a2 = grid(3, 4).requires_grad_()
+y3 = transformed(lambda x, w: torch.func.vjp(torch.mul, x, w)[1](x * w)[1], a2, a1)
+g4 = torch.autograd.grad((y3 * y3).sum(), a2, create_graph=True)[0]
+(g4 * g4).sum().backward()
+""",
+    "what_a_checkpoint_recomputes_from_is_not_what_a_double_backward_saves": """
+a2 = grid(3, 4, dtype=torch.float16).requires_grad_()
+y3 = a2.prod(0)
+y4 = y3 + 1
+y4.retain_grad()
+y6 = checkpoint(Product.apply, y3, y4, use_reentrant=False)
+g14 = torch.autograd.grad(y6, y3, torch.ones_like(y6), create_graph=True)[0]
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}
