@@ -47,6 +47,8 @@ MODES = {
 }
 #: How long one training, one suite may take, and one installation, in seconds.
 _TRAINING, _SUITE, _INSTALLATION = 300, 2400, 600
+#: So many alarms of one training stand on the page.
+_SHOWN = 4
 
 
 # ---- what is run ---------------------------------------------------------------------------------------------------
@@ -96,7 +98,15 @@ class Suite:
 SUITES = (
     Suite("ema-pytorch", ("tests",)),
     Suite("pytorch-optimizer", ("tests/optimizers/test_lomo.py", "tests/optimizers/test_schedulefree.py")),
-    Suite("torch-optimizer", ("tests/test_optimizer_with_nn.py", "tests/test_param_validation.py")),
+    Suite(
+        "torch-optimizer",
+        ("tests/test_optimizer_with_nn.py", "tests/test_param_validation.py"),
+        alarms={
+            "test_basic_nn_modeloptimizer_config": "True, and without consequence: the tests call "
+            "`backward(create_graph=True)`, so that a graph in which the weights are saved hangs on each gradient while "
+            "the optimiser writes to the weights; nobody goes backward through it."
+        },
+    ),
 )
 
 
