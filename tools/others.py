@@ -103,8 +103,8 @@ SUITES = (
         ("tests/test_optimizer_with_nn.py", "tests/test_param_validation.py"),
         alarms={
             "test_basic_nn_modeloptimizer_config": "True, and without consequence: the tests call "
-            "`backward(create_graph=True)`, so that a graph in which the weights are saved hangs on each gradient while "
-            "the optimiser writes to the weights; nobody goes backward through it."
+            "`backward(create_graph=True)`, so that a graph in which the weights are saved hangs on each gradient "
+            "while the optimiser writes to the weights; nobody goes backward through it."
         },
     ),
 )
@@ -557,16 +557,10 @@ def table(verdicts: Sequence[Verdict]) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     told = [verdict for verdict in verdicts if verdict.alarms]
     for verdict in sorted(told, key=lambda one: (one.package.lower(), one.name)):
-        lines += [
-            "",
-            f"**{verdict.package}**, {verdict.about}:",
-            "",
-            "```text",
-            *verdict.alarms,
-            "```",
-            "",
-            verdict.why,
-        ]
+        shown = [*verdict.alarms[:_SHOWN]]
+        if len(verdict.alarms) > _SHOWN:
+            shown.append(f"and {len(verdict.alarms) - _SHOWN} more of the kind")
+        lines += ["", f"**{verdict.package}**, {verdict.about}:", "", "```text", *shown, "```", "", verdict.why]
     return "\n".join(lines)
 
 
