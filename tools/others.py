@@ -64,6 +64,7 @@ class Training:
         about: first line of its docstring.
         alarm: why the guard speaks; empty where it must be silent.
         corrupts: whether the final weights are wrong without the guard.
+        cloned: whether it can run with its saves cloned; torch.func refuses save hooks.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Training:
     about: str
     alarm: str = ""
     corrupts: bool = False
+    cloned: bool = True
 
     @property
     def package(self) -> str:
@@ -121,13 +123,20 @@ def read_training(path: Path) -> Training:
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             name = statement.targets[0].id
-            if name in ("REQUIRES", "ALARM", "CORRUPTS"):
+            if name in ("REQUIRES", "ALARM", "CORRUPTS", "CLONED"):
                 said[name] = ast.literal_eval(statement.value)
     functions = {statement.name for statement in tree.body if isinstance(statement, ast.FunctionDef)}
     if not said.get("REQUIRES") or "train" not in functions:
         raise ValueError(f"{path.name} needs REQUIRES = (package, ...) and a function train() that returns tensors")
     about = (ast.get_docstring(tree) or path.stem).splitlines()[0]
-    return Training(path, tuple(said["REQUIRES"]), about, said.get("ALARM", ""), bool(said.get("CORRUPTS")))
+    return Training(
+        path,
+        tuple(said["REQUIRES"]),
+        about,
+        said.get("ALARM", ""),
+        bool(said.get("CORRUPTS")),
+        said.get("CLONED", True),
+    )
 
 
 # ---- one run, in its own process -----------------------------------------------------------------------------------
@@ -501,7 +510,7 @@ def try_training(environment_: Environment, training: Training, modes: Sequence[
         return Verdict(training.path.stem, training.package, "", training.about, said)
     with Runner(environment_.python, training) as runner:
         plain = runner.run(training, None)
-        truth = runner.run(training, None, cloned=True)
+        truth = runner.run(training, None, cloned=True) if training.cloned else plain
         guarded = {mode: runner.run(training, mode) for mode in modes}
         if any(outcome.alarms for outcome in guarded.values()):
             guarded["at the read"] = runner.run(training, "at the read")
