@@ -7,9 +7,9 @@ from others_data import batches, perceptron, state
 
 REQUIRES = ("torch-optimizer", "scikit-learn", "setuptools<81")
 ALARM = (
-    "True, and without consequence: Adahessian needs `backward(create_graph=True)`, so that a graph in which the weights "
-    "are saved hangs on each gradient while it assigns `p.data`; nobody goes backward through it any more. The other "
-    "optimisers are silent."
+    "True, and without consequence: Adahessian needs `backward(create_graph=True)`, so that a graph in which the "
+    "weights are saved hangs on each gradient while it assigns `p.data`; nobody goes backward through it any more. "
+    "The other optimisers are silent."
 )
 
 #: Shampoo needs several seconds a step.
