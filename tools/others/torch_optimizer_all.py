@@ -1,4 +1,4 @@
-"""26 optimisers, eight steps each; Lookahead around one"""
+"""All 30 optimisers but Shampoo, eight steps each"""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ ALARM = (
     "The other optimisers are silent."
 )
 
-#: Shampoo needs several seconds a step.
+#: Takes minutes.
 SLOW = ("Shampoo",)
 
 
