@@ -195,3 +195,50 @@ print(type(vars(OutputGraph)["call_user_compiler"]).__name__, torch.compile is b
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=100)
     assert done.stdout.split() == ["caught", "function", "True"], done.stderr
+
+
+SUBCLASS = """
+import torch, torchguard
+
+torchguard.enable("strict", every_call=EVERY_CALL)
+
+class Wrapper(torch.Tensor):
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, *_):
+        return cls(tensors["inner"])
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        out = func(*[arg.inner if isinstance(arg, cls) else arg for arg in args], **(kwargs or {}))
+        return args[0] if func is torch.ops.aten.copy_.default else out
+
+@torch.compile(fullgraph=True, backend="aot_eager")
+def double(state, value):
+    state.copy_(value * 2)
+
+state = Wrapper(torch.ones(3))
+double(state, torch.ones(3))
+torchguard.disable()
+double(state, torch.full((3,), 2.0))
+print(state.inner.tolist())
+"""
+
+
+@pytest.mark.parametrize("every_call", [False, True])
+def test_a_compiled_write_to_a_subclass_where_dynamo_is_loaded_under_the_guard(every_call: bool) -> None:
+    """Dynamo guards on what it read of the routed method, by way of the subclass (found with torchao's optimisers)."""
+    script = SUBCLASS.replace("EVERY_CALL", str(every_call))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.stdout.strip(), done.returncode) == ("[4.0, 4.0, 4.0]", 0), done.stderr[-2000:]

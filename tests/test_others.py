@@ -82,7 +82,7 @@ def test_a_training_that_writes_after_backward_is_silent(verdicts: dict[str, Ver
 def test_a_corruption_is_told_with_its_line_and_proven_by_the_clones(verdicts: dict[str, Verdict]) -> None:
     found = verdicts["explained"]
     assert found.ok
-    assert found.said == "2 alarms (strict, at the read); weights are wrong without the guard"
+    assert found.said == "1 alarm (strict, at the read); weights are wrong without the guard"
     assert all(
         "corrupting_stand_in.py:4  p.data.clamp_(-0.1, 0.1)  (clamp_(), saved by " in line for line in found.alarms
     )

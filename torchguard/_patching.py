@@ -126,17 +126,17 @@ class RoutedMethod:
     Binding and calling through wrapt's descriptor takes five times as many instructions.
     """
 
-    __slots__ = ("call", "on_class")
+    __slots__ = ("_self_call", "on_class")
 
     def __init__(self, on_class: RoutedWriter, call: Callable[..., Any]) -> None:
         self.on_class = on_class
-        self.call = call
+        self._self_call = call
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self.on_class if instance is None else _BoundWriter(self.call, instance)
+        return self.on_class if instance is None else _BoundWriter(self._self_call, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
+        return self._self_call(*args, **kwargs)
 
 
 _MISSING = object()

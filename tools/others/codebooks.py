@@ -1,4 +1,4 @@
-"""Vector quantisation: codebooks that follow the data, residual, and sampled with gradients"""
+"""Vector quantisation: codebooks that follow the data, also residual and orthogonal ones"""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""DP-SGD with hooks, with functorch, and with ghost clipping"""
+"""DP-SGD with hooks and with ghost clipping"""
 
 import warnings
 
@@ -13,7 +13,7 @@ REQUIRES = ("opacus", "scikit-learn")
 
 def train():
     warnings.filterwarnings("ignore")
-    return [weight for mode in ("hooks", "functorch", "ghost") for weight in privately(mode)]
+    return [weight for mode in ("hooks", "ghost") for weight in privately(mode)]
 
 
 def privately(mode):
