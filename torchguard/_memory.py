@@ -52,7 +52,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether the tensor has a span (see :func:`span_of`); asked with user code kept out."""
     try:
-        return tensor.layout is torch.strided and _torch.storage_address(tensor) != 0
+        return tensor.layout is torch.strided and not tensor.is_nested and _torch.storage_address(tensor) != 0
     except NO_MEMORY:
         return False
 
@@ -71,7 +71,7 @@ def span_of(tensor: torch.Tensor) -> Span | None:
 
 def _span(tensor: torch.Tensor) -> Span | None:
     base = _torch.storage_address(tensor)
-    if base == 0 or tensor.layout is not torch.strided:
+    if base == 0 or tensor.layout is not torch.strided or tensor.is_nested:
         return None
     itemsize = tensor.element_size()
     return Span(
@@ -243,7 +243,7 @@ def stretch_in_storage(tensor: torch.Tensor) -> tuple[int, int] | None:
     try:
         with _torch.no_torch_function():
             tensor = _torch.behind(tensor)
-            if tensor.layout is not torch.strided:
+            if tensor.layout is not torch.strided or tensor.is_nested:
                 return None
             reach = _reach_in_storage(tensor)
             return reach.start, reach.stop

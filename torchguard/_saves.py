@@ -199,7 +199,7 @@ class Save:
             return
         self.keep_proof(max(at_most, PROOF_BYTES_AT_ALIAS))
         remarks = self.remark()
-        if self.checked and remarks.proof is None and remarks.fingerprint is None:
+        if self.checked and remarks.proof is None and remarks.fingerprint is None and not remarks.parts:
             remarks.fingerprint = _fingerprint.of(_torch.behind(self.tensor))
 
     def keep_contents(self) -> None:
@@ -529,6 +529,8 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             try:
                 storage = storage_id(tensor)
             except no_memory:  # sparse, opaque, a functorch wrapper
+                return pack_exotic(tensor, 3)
+            if tensor.is_nested:
                 return pack_exotic(tensor, 3)
         elif depth == 1:
             return pack_exotic(tensor, 3)

@@ -279,14 +279,24 @@ def can_be_replaced(tensor: torch.Tensor) -> bool:
     return not (is_over and any(_is_batch_wrapper(level) for level in levels[1:]))
 
 
+_set = torch.Tensor.set_
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's storage."""
+    with no_torch_function(), no_torch_dispatch(), torch.no_grad():
+        return _set(torch.empty(0, dtype=tensor.dtype, device=tensor.device), tensor.untyped_storage())
+
+
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors with memory that a subclass holds which wraps others (DTensor, ...), ``[]`` for any other tensor.
 
-    What is written to the wrapper is written to these, below autograd, where no version counter moves.
+    What is written to the wrapper is written to these, below autograd, where no version counter moves. A nested tensor
+    of strided layout has no strides to tell: its memory is a flat part.
     """
     flatten = getattr(type(tensor), "__tensor_flatten__", None)
     if flatten is None:
-        return []
+        return [_flat(tensor)] if tensor.is_nested and tensor.layout is torch.strided else []
     parts: list[torch.Tensor] = []
     with no_torch_function():
         for name in flatten(tensor)[0]:

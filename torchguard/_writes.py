@@ -575,7 +575,15 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether backward would see the same values in ``value``."""
     with _torch.hidden():
         tensor, value = _torch.behind(tensor), _torch.behind(value)
-        if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
+        if tensor.is_nested and value.is_nested:
+            inside = zip(tensor.unbind(), value.unbind(), strict=False)
+            return tensor.size(0) == value.size(0) and all(_same(one, other) for one, other in inside)
+        if (
+            tensor.is_nested != value.is_nested
+            or tensor.shape != value.shape
+            or tensor.dtype != value.dtype
+            or tensor.device != value.device
+        ):
             return False
         if (span := _memory.span_of(tensor)) is not None and span == _memory.span_of(value):
             return True
