@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import signal
@@ -59,9 +60,8 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 def entry_points() -> list[tuple[str, str, str]]:
     """Group, name and target of what pyproject.toml declares."""
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = {**project["entry-points"], "console_scripts": project["scripts"]}
     return [(group, name, target) for group, entries in groups.items() for name, target in entries.items()]
 
