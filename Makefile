@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 	clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/installed-demo ## a WGAN with a silent mistake: unguarded, under strict(), and put right
 	@$(BIN)/python examples/demo.py
