@@ -101,7 +101,11 @@ class Program:
 
         It cannot where a checkpoint computes anew, and does not put a subclass around other tensors.
         """
-        return self.route not in ("checkpoint", "wrapper subclass") if self.repairable is None else self.repairable
+        return (
+            self.route not in ("checkpoint", "wrapper subclass", "nested tensor")
+            if self.repairable is None
+            else self.repairable
+        )
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.name}"

@@ -60,6 +60,8 @@ COVERED = re.compile(
 NOT_COVERED_PROGRAMS = {
     "ordinary_autograd_inside_a_transform": "as on the route torch.func",
     "written_in_the_memory_it_was_rebound_to_before_the_save": "two counters over one memory",
+    "nested_storage": "no plain tensor over the memory of a nested one shares its counter",
+    "nested_numpy": "as with other memory that was exported",
     "parameters_pointed_into_a_flat_buffer_then_the_buffer_updated": "two counters over one memory",
 }
 

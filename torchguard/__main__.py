@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, wrong = _config.resolve(layers)
     wrong += _suppressions.read(told["suppressions"], "--suppressions")[1]
     if wrong:
-        _switch.say(wrong[0].rpartition(";")[0] or wrong[0])
+        _switch.say(wrong[0].removesuffix("; ignored"))
         return 2
     environment, problems = _config.of_environment(os.environ)
     project, more = _config.of_project()

@@ -598,7 +598,8 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0
     storage = _memory.storage_of(alias)
     if not storage:
         return
-    if version < 0:  # made in inference mode: it has no counter that would tell of a write
+    # One made in inference mode has no counter that would tell of a write; a nested one has no strides to tell where.
+    if version < 0 or alias.is_nested:
         for save in LEDGER.in_storage(storage):
             save.keep_proof(PROOF_BYTES_AT_ALIAS)
             if save.is_proven:
