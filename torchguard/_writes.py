@@ -238,7 +238,14 @@ def look(
             elif lent and save.checked and not save.moved:
                 seen.append(_Spared(save))
             if not _may_write_to(target, save):
-                if repairs and counted and save.checked and not save.moved and save.shares_counter(target):
+                if (
+                    repairs
+                    and counted
+                    and not preserved
+                    and save.checked
+                    and not save.moved
+                    and save.shares_counter(target)
+                ):
                     # Another part of it, but the version counts for all parts.
                     if _lies_apart(target, save):
                         spared.append(save)
