@@ -208,6 +208,16 @@ def descriptor_called_by_hand(writes: bool, guard: Callable[[], Any]) -> list[to
         return _grad(w, out)
 
 
+def linearized(writes: bool, guard: Callable[[], Any]) -> list[torch.Tensor]:
+    x = torch.tensor([0.5, 1.5, -2.0])
+    with guard(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it scripts, and its graph complains
+        _, push = torch.func.linearize(torch.sin, x)
+        if writes:
+            x.data.zero_()
+        return [push(torch.ones(3))]
+
+
 #: What the page says, and the program that shows it.
 NOT_WATCHED: dict[str, tuple[str, Program]] = {
     "saved before": ("Tensors saved before the guard was entered.", saved_before),
@@ -227,6 +237,7 @@ NOT_WATCHED: dict[str, tuple[str, Program]] = {
     "checkpoint": ("**What a checkpoint reads** if it was made before the guard", checkpoint_from_before),
     "compiled": ("**Regions that were compiled before the guard**", compiled_before),
     "worker": ("**Hand-written worker threads that were there before the guard**", saved_by_a_worker_from_before),
+    "linearize": ("**What `torch.func.linearize` traced**", linearized),
     "descriptor": ("**`torch.Tensor.data.__set__(x, x.t())`**", descriptor_called_by_hand),
 }
 
