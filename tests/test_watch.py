@@ -762,3 +762,29 @@ def test_from_outside() -> None:
     assert done.stdout == "SavedTensorCorruptionError\n", done.stderr
     assert "watch: 1 violation" in done.stderr
     assert done.returncode == 66
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "grad_and_value"])
+@pytest.mark.parametrize("writes", [True, False])
+def test_data_inside_a_batched_gradient_is_refused_as_detached_data_is(transform: str, writes: bool) -> None:
+    weights, factor = torch.rand(4, 3), torch.rand(3)
+
+    def run(alias: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        def program(w: torch.Tensor) -> torch.Tensor:
+            y = (w * factor).exp()
+            out = (y * y).sum()
+            alias(y).mul_(2) if writes else alias(y).sum()
+            return out
+
+        return torch.func.vmap(getattr(torch.func, transform)(program))(weights)
+
+    if not writes:
+        expected = run(torch.Tensor.detach)
+        with watch():
+            found = run(lambda y: y.data)
+        assert all(map(torch.equal, *(torch.utils._pytree.tree_leaves(value) for value in (found, expected))))
+        return
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        run(torch.Tensor.detach)
+    with watch(), pytest.raises(SavedTensorCorruptionError):
+        run(lambda y: y.data)

@@ -244,6 +244,11 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     return _is_wrapped(tensor) and (_is_grad_wrapper(tensor) or _is_batch_wrapper(tensor))
 
 
+def is_grad_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether it is one of those of ``torch.func.grad`` and its like, and not of ``vmap``."""
+    return _is_wrapped(tensor) and _is_grad_wrapper(tensor)
+
+
 def levels_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor, what it wraps, and so on down to the one that has memory."""
     yield tensor

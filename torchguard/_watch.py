@@ -184,8 +184,7 @@ def _is_tracked_within(tensor: torch.Tensor) -> bool:
     """Whether it is a wrapper of torch.func's around what is differentiated too: ``.data`` leaves that as it is, where
     ``detach()`` takes it out of all graphs at once.
     """
-    inner = list(_torch.levels_of(tensor))[1:]
-    return len(inner) > 1 or (len(inner) == 1 and inner[0].requires_grad)
+    return any(level.requires_grad or _torch.is_grad_wrapper(level) for level in list(_torch.levels_of(tensor))[1:])
 
 
 def _looks_like(alias: torch.Tensor, plain: torch.Tensor) -> bool:
