@@ -284,6 +284,12 @@ def can_be_replaced(tensor: torch.Tensor) -> bool:
     return not (is_over and any(_is_batch_wrapper(level) for level in levels[1:]))
 
 
+def is_flat_nested(tensor: torch.Tensor) -> bool:
+    """Whether it is a nested tensor of strided layout; user code is kept out."""
+    with no_torch_function():
+        return tensor.is_nested and tensor.layout is torch.strided
+
+
 _set = torch.Tensor.set_
 
 
@@ -301,7 +307,7 @@ def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """
     flatten = getattr(type(tensor), "__tensor_flatten__", None)
     if flatten is None:
-        return [_flat(tensor)] if tensor.is_nested and tensor.layout is torch.strided else []
+        return [_flat(tensor)] if is_flat_nested(tensor) else []
     parts: list[torch.Tensor] = []
     with no_torch_function():
         for name in flatten(tensor)[0]:

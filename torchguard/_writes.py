@@ -606,7 +606,7 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0
     if not storage:
         return
     # One made in inference mode has no counter that would tell of a write; a nested one has no strides to tell where.
-    if version < 0 or alias.is_nested:
+    if version < 0 or _torch.is_flat_nested(alias):
         for save in LEDGER.in_storage(storage):
             save.keep_proof(PROOF_BYTES_AT_ALIAS)
             if save.is_proven:
