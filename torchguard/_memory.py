@@ -416,7 +416,7 @@ def describe(tensor: torch.Tensor) -> dict[str, Any]:
         tensor = _torch.behind(tensor)
         return {
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": () if tensor.is_nested and tensor.layout is torch.strided else tuple(tensor.shape),
+            "shape": () if _torch.is_flat_nested(tensor) else tuple(tensor.shape),
             "device": str(tensor.device),
         }
 

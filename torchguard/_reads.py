@@ -72,7 +72,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
         if collecting and collector.saves is not None:
             collector.saves.append(save)
             if collector.unjudged:
-                return save.tensor if save.remarks is None or save.remarks.handed is None else save.remarks.handed
+                return save.given
         tensor = save.tensor
         if (
             save.remarks is not None
@@ -93,8 +93,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
                     del found  # it refers to this frame
             if save.node is None and records():
                 note_read(save)
-            if save.remarks is not None and save.remarks.handed is not None:
-                return save.remarks.handed
+            return save.given
         return tensor
 
     return unpack

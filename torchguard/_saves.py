@@ -255,14 +255,19 @@ class Save:
     def expect_version(self) -> None:
         """The version of a save that is not checked has moved by a write that was seen."""
 
+    @property
+    def given(self) -> torch.Tensor:
+        """The tensor that PyTorch is given when it reads, where nobody repairs."""
+        handed = None if self.remarks is None else self.remarks.handed
+        return self.tensor if handed is None else handed
+
     def restored(self) -> torch.Tensor:
         """A copy of the bytes that were saved, for backward: autograd gives it the history that the save has."""
-        remarks = self.remarks
-        assert remarks is not None
-        assert remarks.proof is not None
-        tensor = self.tensor if remarks.handed is None else remarks.handed
+        proof = None if self.remarks is None else self.remarks.proof
+        assert proof is not None
+        tensor = self.given
         with _torch.hidden():
-            copy = handed_out(remarks.proof)
+            copy = handed_out(proof)
             kind = type(tensor)
             if kind not in _memory.PLAIN_TYPES and not _torch.is_wrapper(tensor):
                 copy = copy.as_subclass(kind)

@@ -266,7 +266,7 @@ def behind(tensor: torch.Tensor) -> torch.Tensor:
 
 def within_what_is_over(tensor: torch.Tensor) -> torch.Tensor:
     """What is inside the wrappers of a ``torch.func.grad`` (or ``vjp``, ...) that is over: operations work on that."""
-    while _is_wrapped(tensor) and _is_grad_wrapper(tensor) and _transforms.maybe_get_level(tensor) == _OVER:
+    while is_grad_wrapper(tensor) and _transforms.maybe_get_level(tensor) == _OVER:
         tensor = _transforms.get_unwrapped(tensor)
     return tensor
 
