@@ -11,10 +11,9 @@ A write that the guard saw and judged moves the expectation, so that only unseen
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,10 +22,8 @@ from torchguard._counts import COUNTS
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
+from torchguard._saves import LEDGER, Save
 from torchguard._torch import ref
-
-if TYPE_CHECKING:
-    from torchguard._saves import Save
 
 _SLACK = 8
 #: Up to so many young aliases are not swept.
@@ -34,11 +31,6 @@ FEW_YOUNG = 1024
 #: Dead aliases of one storage whose counter is still watched: a ``detach()`` of a dead alias could still
 #: write.
 _DEAD_KEPT = 64
-#: Saves up to these many bytes are copied when an alias could write to them unseen, so that the bytes decide
-#: at the read: when an alias of a live save is taken (once a save, about 50 microseconds at the most), and
-#: when something is saved that has a living alias (at every save, 2 microseconds at the most).
-PROOF_BYTES_AT_ALIAS = 1 << 20
-PROOF_BYTES_AT_SAVE = 1 << 14
 
 
 class AliasRecord(ref[torch.Tensor]):
@@ -115,10 +107,6 @@ class Aliases:
         #: The latest alias of each storage, as long as nothing asks after it. Most are temporaries
         #: (``p.data.add_(...)``) and are dead when the next one comes.
         self.young: dict[int, tuple[ref[torch.Tensor], CodeType | None, int]] = {}
-        #: The live saves of a storage; the ledger's, once there is one.
-        self.live_saves: Callable[[int], list[Save]] = lambda storage: []
-        #: Whether there are any.
-        self.any_live_save: Callable[[int], bool] = lambda storage: False
         self._sweep_at = _SLACK
         self._sweep_young_at = FEW_YOUNG
 
@@ -177,7 +165,7 @@ class Aliases:
     def _sweep(self) -> None:
         for storage in list(self.by_storage):
             self._thin(storage)
-            if not self.any_live_save(storage):
+            if not LEDGER.any_in_storage(storage):
                 self.forget_dead(storage)
         self._sweep_at = 2 * len(self.by_storage) + _SLACK
 
@@ -218,7 +206,7 @@ class Aliases:
         records = self.by_storage.get(storage)
         if records is None:
             return
-        if not (self.any_live_save(storage) if saves is None else saves):
+        if not (LEDGER.any_in_storage(storage) if saves is None else saves):
             self.forget_dead(storage)
             records = self.by_storage.get(storage, [])
         for record in records:
@@ -226,7 +214,7 @@ class Aliases:
             if version != record.expected:
                 record.expected = version
                 if saves is None:
-                    saves = self.live_saves(storage)
+                    saves = LEDGER.in_storage(storage)
                 self._mark(record, storage, saves)
 
     def _mark(self, record: AliasRecord, storage: int, saves: list[Save]) -> None:
@@ -294,3 +282,4 @@ class Aliases:
 
 #: The aliases of this process.
 ALIASES = Aliases()
+LEDGER.on_empty = ALIASES.forget_all_dead

@@ -20,8 +20,9 @@ import torch
 
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES
+from torchguard._packing import make_pack
 from torchguard._reads import examine, examine_stashed
-from torchguard._saves import LEDGER, Save, make_pack
+from torchguard._saves import LEDGER, Save
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation
 from torchguard._writers import is_in_place
 from torchguard._writes import saves_near

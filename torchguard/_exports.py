@@ -18,7 +18,7 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,10 +27,8 @@ from torchguard._counts import COUNTS
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
+from torchguard._saves import Save
 from torchguard._torch import ref
-
-if TYPE_CHECKING:
-    from torchguard._saves import Save
 
 _PROOFS_KEPT = 16
 

@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from torchguard import _memory, _policy, _torch
 from torchguard._aliases import ALIASES
+from torchguard._packing import make_pack
 from torchguard._reads import unpack
-from torchguard._saves import Save, make_pack
+from torchguard._saves import Save
 
 _record = make_pack()
 _record_wrapper = make_pack(exotic=True)

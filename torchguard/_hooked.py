@@ -28,13 +28,23 @@ import torch
 import torch.utils.checkpoint
 
 from torchguard import _memory, _places, _policy, _torch, _verdict
-from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE, AliasRecord
-from torchguard._exports import EXPORTS, Export
+from torchguard._aliases import ALIASES
+from torchguard._exports import EXPORTS
 from torchguard._inputs import forget_read, read_recording, saved_before
 from torchguard._overlap import overlaps
+from torchguard._packing import OWN_FILES
 from torchguard._reads import collector, export_behind, is_unused
 from torchguard._rereads import Reread, running
-from torchguard._saves import LEDGER, OWN_FILES, Save, copy_of, extent_of, handed_out, operation_of_node
+from torchguard._saves import (
+    LEDGER,
+    PROOF_BYTES_AT_SAVE,
+    Access,
+    Save,
+    copy_of,
+    extent_of,
+    handed_out,
+    operation_of_node,
+)
 from torchguard._torch import Hooks, ref
 from torchguard._violation import Kind
 
@@ -525,7 +535,7 @@ def _report(save: HookedSave, read_as: torch.Tensor | None) -> torch.Tensor | No
     """Have the guard answer. ``read_as`` is what backward would read, if something can be put into its place."""
     remarks = save.remark()
     read = _places.user_instruction(sys._getframe(1))
-    alias: AliasRecord | Export | None = remarks.suspect
+    alias: Access | None = remarks.suspect
     kind: Kind
     if remarks.writer is not None:
         kind, operation, written = remarks.writer

@@ -17,8 +17,8 @@ import torch
 
 from torchguard import _functorch, _memory, _policy, _torch
 from torchguard._hooked import compose, program_of
+from torchguard._packing import make_pack
 from torchguard._reads import collecting, collector, unpack
-from torchguard._saves import make_pack
 from torchguard._torch import Hooks
 
 _ours: set[int] = set()

@@ -45,7 +45,6 @@ class Ledger(Generic[E]):
             when torch's own allocator did not make it (``from_numpy``, DLPack, a file): only those can
             overlap another storage.
         is_foreign: the third item of the extent alone, where that is cheaper to tell.
-        on_empty: called when the last entry is gone.
         reach_of: first and one past the last byte that an entry occupies, counted from the beginning of its storage;
             None where a write anywhere in the storage concerns it.
     """
@@ -54,10 +53,10 @@ class Ledger(Generic[E]):
         self,
         extent_of: Callable[[E], Extent | None],
         is_foreign: Callable[[E], bool] | None = None,
-        on_empty: Callable[[], None] | None = None,
         reach_of: Callable[[E], tuple[int, int] | None] = lambda entry: None,
     ) -> None:
-        self._on_empty = on_empty
+        #: Called when the last entry is gone.
+        self.on_empty: Callable[[], None] | None = None
         self._extent_of = extent_of
         self._is_foreign = is_foreign or self._extent_is_foreign
         self.pending: deque[ref[E]] = deque()
@@ -155,8 +154,8 @@ class Ledger(Generic[E]):
         if self._unmapped is not None:
             self._unmapped.discard(storage)
             self._map.discard(storage)
-        if not self.groups and self._on_empty is not None:
-            self._on_empty()
+        if not self.groups and self.on_empty is not None:
+            self.on_empty()
 
     def _sweep(self) -> None:
         for storage, group in list(self.groups.items()):

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 
 from torchguard import _memory, _places, _policy, _refusal, _torch, _verdict
-from torchguard._aliases import ALIASES, AliasRecord
+from torchguard._aliases import ALIASES
 from torchguard._audit import SYNCHRONOUS, put_off
 from torchguard._counts import SLOW_PATH
-from torchguard._exports import EXPORTS, Export
+from torchguard._exports import EXPORTS
 from torchguard._inputs import note_read
 from torchguard._rereads import Reread
-from torchguard._saves import LEDGER, Part, Save
+from torchguard._saves import LEDGER, Access, Part, Save
 from torchguard._violation import Kind
 
 #: A save's version once its tensor was detached in place, which PyTorch refuses to unpack.
@@ -177,7 +177,7 @@ def is_unused(save: Save) -> bool:
 
 def _report(save: Save, kind: Kind) -> torch.Tensor | None:
     remarks = save.remark()
-    alias: AliasRecord | Export | None = export_behind(save) if kind == "exported" else remarks.suspect
+    alias: Access | None = export_behind(save) if kind == "exported" else remarks.suspect
     read = _places.user_instruction(sys._getframe(1))
     operation, written = "x.data = y" if kind == "rebind" else "", read
     aliased = None if alias is None else alias.instruction
@@ -209,7 +209,7 @@ def _report(save: Save, kind: Kind) -> torch.Tensor | None:
     return None
 
 
-def export_behind(save: Save) -> Export:
+def export_behind(save: Save) -> Access:
     """The export through which a save was written to: the first that reaches an element that differs."""
     remarks = save.remark()
     exports, proof = remarks.exports, remarks.proof

@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from torchguard import _memory, _torch
 from torchguard._counts import COUNTS
+from torchguard._packing import make_pack
 from torchguard._reads import make_unpack
 from torchguard._rereads import Reread
-from torchguard._saves import make_pack
 from torchguard._writers import Writer, substituted
 
 #: Calls whose result is about the tensor and not computed from its bytes, or that must not be made twice.

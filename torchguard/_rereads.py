@@ -20,9 +20,9 @@ from contextlib import contextmanager
 import torch
 
 from torchguard import _memory, _places, _policy
-from torchguard._aliases import ALIASES, PROOF_BYTES_AT_SAVE
+from torchguard._aliases import ALIASES
 from torchguard._exports import EXPORTS
-from torchguard._saves import LEDGER, Save
+from torchguard._saves import LEDGER, PROOF_BYTES_AT_SAVE, Save
 from torchguard._torch import ref
 
 #: Stands for a tensor that is gone: it has no memory that anything could overlap.

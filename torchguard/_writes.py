@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from torchguard import _memory, _places, _policy, _selfwrites, _torch, _verdict
-from torchguard._aliases import ALIASES, PROOF_BYTES_AT_ALIAS
+from torchguard._aliases import ALIASES
 from torchguard._counts import COUNTS, SLOW_PATH
 from torchguard._overlap import overlaps
 from torchguard._rehearsal import Rehearsal, rehearse
 from torchguard._rereads import Reread, note_write, rereads_of, running
-from torchguard._saves import LEDGER, Save, extent_of, is_foreign, one_copy_each
+from torchguard._saves import LEDGER, PROOF_BYTES_AT_ALIAS, Save, extent_of, is_foreign, one_copy_each
 from torchguard._violation import Kind, SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import OUT, Writer
 
