@@ -76,6 +76,12 @@ class AliasRecord(ref[torch.Tensor]):
         self.counter = _memory.counter_of(alias)
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether a quick look tells that the counter is watched and has not moved; asked where no mode is on."""
+        counter = self.counter
+        return type(counter) is torch.Tensor and counter._version == self.expected
+
+    @property
     def version(self) -> int:
         """The counter's present value; the expected one where the alias is gone unwatched."""
         if self.counter is not None:
@@ -198,6 +204,27 @@ class Aliases:
                 if record.counter is None:
                     record.arm(alias)
         return alive
+
+    def meet_save(self, storage: int, saved: torch.Tensor) -> bool:
+        """A save is being made in this storage: :meth:`sync`, then :meth:`arm`, whose answer it is.
+
+        Where aliases live on from step to step, nothing has happened to them, and nothing is to be done.
+        """
+        if storage not in self.young:
+            alive = False
+            for record in self.by_storage.get(storage, ()):
+                alias = record()
+                if alias is None or not record.is_quiet:
+                    break
+                alive = alive or alias is not saved
+            else:
+                return alive
+        self.sync(storage)
+        return self.arm(storage, saved)
+
+    def is_quiet(self, storage: int) -> bool:
+        """Whether a quick look tells that no counter of an alias of this storage has moved unseen."""
+        return storage not in self.young and all(record.is_quiet for record in self.by_storage.get(storage, ()))
 
     def sync(self, storage: int, saves: list[Save] | None = None) -> None:
         """Mark the saves that an unseen write may have touched, and expect from now on what is there now."""

@@ -434,8 +434,7 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recompute
         save.held = ref(judged)
     storage = save.storage
     if storage in ALIASES.young or storage in ALIASES.by_storage:
-        ALIASES.sync(storage)
-        if ALIASES.arm(storage, tensor):
+        if ALIASES.meet_save(storage, tensor):
             save.keep_small_proof(PROOF_BYTES_AT_SAVE)
     if form[0] and judged.numel() * judged.element_size() <= PROOF_BYTES_AT_SAVE:
         remarks = save.remark()  # for a tracked write that nobody sees coming

@@ -55,7 +55,7 @@ from torchguard._patching import (
     without_collections,
 )
 from torchguard._rereads import let_go
-from torchguard._saves import LEDGER, is_foreign
+from torchguard._saves import LEDGER
 from torchguard._torch import ref
 from torchguard._writers import Writer
 
@@ -130,11 +130,18 @@ def _route_method(function: Any) -> RoutedMethod:
     is_wrapper = _torch.is_wrapper
     grad_enabled = torch.is_grad_enabled
     reads_itself = _selfwrites.may_save_what_it_writes(function.__name__)
+    numbers = _selfwrites.NUMBERS
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if pending or filing:
             file()
-        if reads_itself is not None and len(args) > 1 and grad_enabled() and reads_itself(args):
+        if (
+            reads_itself is not None
+            and len(args) > 1
+            and (len(args) > 2 or type(args[1]) not in numbers)
+            and grad_enabled()
+            and reads_itself(args)
+        ):
             if state.every_call and mode_active():
                 return function(*args, **kwargs)
             return judge(function, (), args, kwargs)
@@ -156,20 +163,52 @@ def _route_method(function: Any) -> RoutedMethod:
     return RoutedMethod(RoutedWriter(function, call), call)
 
 
-def _route_function(function: Any) -> Callable[..., Any]:
+def _touches_a_save(writer: Writer) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
+    """A quick look at the arguments of a call: may it write to memory in which a live save lies?"""
+    any_alive = LEDGER.any_alive
+    groups = LEDGER.groups
+    foreign = LEDGER.foreign
+    plain = _memory.PLAIN_TYPES
+    storage_id = _torch.storage_id
+    mode_active = _torch.function_mode_active
+    written_to = writer.written_to
+
+    def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not any_alive():
+            return False
+        if foreign or mode_active():
+            return True
+        for value in written_to(args, kwargs):
+            for tensor in value if type(value) is list or type(value) is tuple else (value,):
+                if type(tensor) not in plain:
+                    return True
+                try:
+                    if storage_id(tensor) in groups or not tensor.untyped_storage().resizable():
+                        return True
+                except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
+                    return True
+        return False
+
+    return look
+
+
+def _route_function(function: Any, writer: Writer) -> Callable[..., Any]:
     """The route from a patched function into the override."""
     judge = _override.__torch_function__
     state = _policy.state
     mode_active = _torch.function_mode_active
-    any_alive = LEDGER.any_alive
+    touches_a_save = _touches_a_save(writer)
     grad_enabled = torch.is_grad_enabled
     reads_itself = _selfwrites.may_save_what_it_writes(function.__name__)
 
     def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        needed = any_alive() or (reads_itself is not None and len(args) > 1 and grad_enabled() and reads_itself(args))
-        if not needed or (state.every_call and mode_active()):
-            return wrapped(*args, **kwargs)
-        return judge(function, (), args, kwargs)
+        if (reads_itself is not None and len(args) > 1 and grad_enabled() and reads_itself(args)) or touches_a_save(
+            args, kwargs
+        ):
+            if state.every_call and mode_active():
+                return wrapped(*args, **kwargs)  # the mode on the stack is about to see this call
+            return judge(function, (), args, kwargs)
+        return wrapped(*args, **kwargs)
 
     return route
 
@@ -179,37 +218,14 @@ def _route_statistics(function: Any, writer: Writer) -> Callable[..., Any]:
     judge = _override.__torch_function__
     state = _policy.state
     mode_active = _torch.function_mode_active
-    pending = LEDGER.pending
-    filing = LEDGER.filing
-    file = LEDGER.file
-    groups = LEDGER.groups
-    foreign = LEDGER.foreign
-    plain = _memory.PLAIN_TYPES
-    storage_id = _torch.storage_id
-    written = writer.written
-
-    def touches_a_save(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        for position, keyword in written:
-            value = args[position] if position < len(args) else kwargs.get(keyword)
-            if value is None:
-                continue
-            if type(value) not in plain or foreign:
-                return True
-            try:
-                if storage_id(value) in groups or is_foreign(value):
-                    return True
-            except _memory.NO_MEMORY:
-                return True
-        return False
+    touches_a_save = _touches_a_save(writer)
 
     def route(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if state.every_call:
             if mode_active():
                 return wrapped(*args, **kwargs)
             return judge(function, (), args, kwargs)
-        if pending or filing:
-            file()
-        if groups and touches_a_save(args, kwargs):
+        if touches_a_save(args, kwargs):
             return judge(function, (), args, kwargs)
         return wrapped(*args, **kwargs)
 
@@ -246,7 +262,6 @@ def _data_getter() -> Callable[..., Any]:
     young = ALIASES.young
     enter_young = ALIASES.enter_young
     few = FEW_YOUNG
-    by_storage = ALIASES.by_storage
     inside_library = _places.inside_library
     getframe = sys._getframe
     watching = _watch.watching
@@ -267,7 +282,7 @@ def _data_getter() -> Callable[..., Any]:
             except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
                 _writes.enter_alias(alias, _places.user_instruction(frame))
                 return alias
-            if storage not in groups and storage not in by_storage:
+            if storage not in groups:
                 code = frame.f_code
                 if inside_library.get(code.co_filename) is False:
                     before = young.get(storage)
@@ -396,7 +411,7 @@ def _prepare() -> list[Patch]:
                 elif writer.keeps_statistics:
                     wrapper = Routed(function, _route_statistics(function, writer))
                 else:
-                    wrapper = Routed(function, _route_function(function))
+                    wrapper = Routed(function, _route_function(function, writer))
                 wrappers[id(function)] = wrapper
             if owner is nn_functions:
                 setattr(owner, name, wrapper)
@@ -404,7 +419,8 @@ def _prepare() -> list[Patch]:
                 patches.append(Patch(owner, name, wrapper))
     patches.append(Patch(*_torch.NN_FUNCTIONS, nn_functions))
     WRITERS[torch.nn.init.eye_] = _writers.EYE
-    patches.append(Patch(torch.nn.init, "eye_", Routed(torch.nn.init.eye_, _route_function(torch.nn.init.eye_))))
+    eye = torch.nn.init.eye_
+    patches.append(Patch(torch.nn.init, "eye_", Routed(eye, _route_function(eye, _writers.EYE))))
     patches += [Patch(owner, name, Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
     patches.append(Patch(torch.utils, "swap_tensors", Routed(torch.utils.swap_tensors, _swap_tensors)))
     patches += [Patch(owner, "detach_", Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]

@@ -117,7 +117,7 @@ class Ledger(Generic[E]):
                     continue
                 storage = entry.storage
                 group = groups.get(storage)
-                if group is not None and not any(other() is not None for other in reversed(group)):
+                if group is not None and (not group or group[-1]() is None) and not self._ends_alive(storage, group):
                     self._close(storage)  # the identity of a storage that is gone, used again
                     group = None
                 if group is None:
@@ -143,17 +143,15 @@ class Ledger(Generic[E]):
         extent = self._extent_of(entry)
         return extent is not None and extent[2]
 
-    def _close(self, storage: int) -> None:
-        self.groups.pop(storage, None)
-        if self.foreign:
-            self.foreign.pop(storage, None)
-        if self._thin_at:
-            self._thin_at.pop(storage, None)
-        if self._spans:
-            self._spans.pop(storage, None)
+    def _close(self, *storages: int) -> None:
+        for known in (self.groups, self.foreign, self._thin_at, self._spans):
+            if known:
+                for storage in storages:
+                    known.pop(storage, None)
         if self._unmapped is not None:
-            self._unmapped.discard(storage)
-            self._map.discard(storage)
+            for storage in storages:
+                self._unmapped.discard(storage)
+                self._map.discard(storage)
         if not self.groups and self.on_empty is not None:
             self.on_empty()
 
@@ -174,11 +172,13 @@ class Ledger(Generic[E]):
         with self._lock:
             dead = []
             for storage, group in self.groups.items():
-                if self._ends_alive(storage, group):
+                if (len(group) == 1 and group[0]() is not None) or (
+                    len(group) > 1 and self._ends_alive(storage, group)
+                ):
                     break
                 dead.append(storage)
-            for storage in dead:
-                self._close(storage)
+            if dead:
+                self._close(*dead)
             return bool(self.groups)
 
     def _ends_alive(self, storage: int, group: list[ref[E]]) -> bool:

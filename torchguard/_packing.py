@@ -74,7 +74,11 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
     recording = read_recording
     references = sys.getrefcount
     first = next_number()
+    apply_code = _APPLY_CODE
+    held_by_none = FRESH - 2
+    file_at = _FILE_AT
     own_nodes = OWN_NODES
+    saves_no_output = _torch.SAVES_NO_OUTPUT
     own_files = OWN_FILES
     view_node = _VIEW_NODE
     # What an operation saves, it saves between two nodes of its thread, and from one instruction: the way from there
@@ -107,7 +111,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
         try:
             frame: Any = getframe(depth)
         except ValueError:  # an autograd thread: no Python code on the stack
-            frame = None
+            frame = code = None
             save.code = save.inner_code = None
             save.offset = save.inner_offset = 0
         else:
@@ -137,16 +141,18 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             save.inner_code = code
             save.inner_offset = offset
         grad_fn = tensor.grad_fn
+        kind_of_node = type(grad_fn)
         if grad_fn is not None and (
             (made := grad_fn._sequence_nr()) == number - 1
             or number < 0  # this torch does not tell: never risk a cycle
-            or (frame is not None and frame.f_code is _APPLY_CODE and _may_be_output(tensor, grad_fn, frame))
+            or (code is apply_code and code is not None and _may_be_output(tensor, grad_fn, frame))
             or (
-                (save.version or exotic or (references(tensor) <= FRESH + depth - 2 and not tensor._is_view()))
+                (save.version or exotic or (references(tensor) - depth <= held_by_none and not tensor._is_view()))
+                and kind_of_node not in saves_no_output
                 and made_last(grad_fn, number - 1 if save.version and _copied_itself(save) else number)
             )
         ):
-            node: Any = type(grad_fn)
+            node: Any = kind_of_node
             if node is generic_node:
                 node = node_type(grad_fn)
             save.node = node
@@ -171,8 +177,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             if latest is not None and latest[0]() is None:
                 young.pop(storage, None)  # a temporary of the last step
             if storage in young or storage in aliases:
-                ALIASES.sync(storage)
-                if ALIASES.arm(storage, tensor):
+                if ALIASES.meet_save(storage, tensor):
                     save.keep_small_proof(PROOF_BYTES_AT_SAVE)
         if storage in exports:
             known = exports.get(storage)
@@ -184,19 +189,29 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
                 may_be_older = save.version > 0 or node not in own_nodes
             else:
                 base = tensor._base
-                if base is not None and (grad_fn := base.grad_fn) is not None:
-                    made = grad_fn._sequence_nr()
+                if base is not None:
+                    grad_fn = base.grad_fn
+                    kind_of_node = type(grad_fn)
+                    if grad_fn is not None:
+                        made = grad_fn._sequence_nr()
                 if grad_fn is None:
                     # Under one more holder than a fresh tensor: the save.
-                    may_be_older = base is not None or references(tensor) > FRESH + depth - 1
+                    may_be_older = base is not None or references(tensor) - depth > held_by_none + 1
                 else:
-                    may_be_older = save.version > 0 or made < first or type(grad_fn) not in own_nodes
-            if may_be_older:
+                    may_be_older = save.version > 0 or made < first or kind_of_node not in own_nodes
+            if may_be_older and (
+                exotic
+                or depth != 1
+                or grad_fn is None
+                or kind_of_node not in own_nodes
+                or not (untyped := tensor.untyped_storage()).resizable()
+                or (tensor.is_cpu and untyped.is_shared())
+            ):  # what is asked last is all that would be asked there
                 EXPORTS.ask(save, storage, grad_fn)
         if dead_exports:
             EXPORTS.settle_dead()
         append(ref(save))
-        if len(pending) > _FILE_AT:
+        if len(pending) > file_at:
             file()
         if audits:
             save.keep_contents()

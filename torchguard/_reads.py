@@ -45,6 +45,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     """The unpack hook. What it uses is bound to local names: it runs at every read."""
     young = ALIASES.young
     aliases = ALIASES.by_storage
+    is_quiet = ALIASES.is_quiet
     mode_active = _torch.function_mode_active
     storage_id = _torch.storage_id
     disabled = _torch.no_torch_function
@@ -53,7 +54,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     def check(save: Save) -> torch.Tensor | None:
         if save.tensor._version != save.version and (save.version == DETACHED or not _verdict.can_be_repaired(save)):
             _refuse(save)
-        if save.storage in young or save.storage in aliases:
+        if (save.storage in young or save.storage in aliases) and not is_quiet(save.storage):
             ALIASES.sync(save.storage)
         if save.remarks is not None or (save.node is None and _memory.storage_of(save.tensor) != save.storage):
             return _examine(save)
@@ -78,8 +79,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
             save.remarks is not None
             or mode_active()
             or tensor._version != save.version
-            or save.storage in young
-            or save.storage in aliases
+            or ((save.storage in young or save.storage in aliases) and not is_quiet(save.storage))
             or (save.node is None and (storage_id(tensor) != save.storage or records()))
         ):
             found = verdict(save)

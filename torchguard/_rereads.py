@@ -67,8 +67,7 @@ class Reread(Save):
         self.late = False
         self.allowed: str | None = None
         if storage in ALIASES.young or storage in ALIASES.by_storage:
-            ALIASES.sync(storage)
-            if ALIASES.arm(storage, tensor):
+            if ALIASES.meet_save(storage, tensor):
                 self.keep_proof(PROOF_BYTES_AT_SAVE)
         EXPORTS.meet(self, storage, tensor.grad_fn)
         LEDGER.add(self)

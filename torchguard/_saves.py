@@ -163,8 +163,10 @@ class Save:
 
     def keep_proof(self, at_most: int | None = None) -> None:
         """Keep a copy of the saved bytes, if there is none yet and they are no more than ``at_most``."""
-        remarks = self.remark()
         tensor = self.tensor
+        if at_most is not None and _is_larger(tensor, at_most):
+            return
+        remarks = self.remark()
         with _torch.hidden():
             tensor = _torch.behind(tensor)
             if at_most is not None and tensor.numel() * tensor.element_size() > at_most:
@@ -368,6 +370,13 @@ class Part(Save):
         self.version, self.storage = _memory.version_of(tensor), _memory.storage_of(tensor)
         self.remarks = None
         self.remark().stashed = True
+
+
+def _is_larger(tensor: torch.Tensor, size: int) -> bool:
+    """Whether a quick look tells that a tensor has more than ``size`` bytes."""
+    if type(tensor) not in _memory.PLAIN_TYPES or _torch.function_mode_active():
+        return False
+    return tensor.numel() * tensor.element_size() > size  # what lies behind a transform's has no fewer
 
 
 def copy_of(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -27,7 +27,8 @@ SAVES_NOTHING = frozenset(
 )
 
 
-_NUMBERS = frozenset({int, float})
+#: The types of the arguments that are sure to be no tensor.
+NUMBERS = frozenset({int, float})
 
 
 class _Read(NamedTuple):
@@ -48,7 +49,7 @@ def may_save_what_it_writes(name: str) -> Callable[[Sequence[Any]], bool] | None
     storage_id = _torch.storage_id
 
     def look(args: Sequence[Any]) -> bool:
-        if len(args) < 2 or (type(args[1]) in _NUMBERS and len(args) == 2):
+        if len(args) < 2 or (type(args[1]) in NUMBERS and len(args) == 2):
             return False
         first = args[0]
         if type(first) not in plain:  # lists of tensors, subclasses: a closer look

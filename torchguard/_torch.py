@@ -393,6 +393,11 @@ def made_last(node: Any, number: int) -> bool:
     """
     if node._sequence_nr() == number - 1:
         return True
+    kind = type(node)
+    hides = kind is GENERIC_NODE or kind.__name__ in _OPAQUE_NODES or not is_of_torch(kind)
+    if not hides and _NAMES_OF_INPUTS.issuperset(_names_of_saves(kind)):
+        SAVES_NO_OUTPUT.add(kind)
+        return False
     for following, _ in node.next_functions:  # noqa: SIM110 (a generator costs twice as much at every save)
         if following is not None and following._sequence_nr() == number - 1:
             return True
@@ -425,7 +430,28 @@ def node_type(node: Any) -> type:
 
 
 _SAVED = "_raw_saved_"
-_saved_names: dict[type, list[str]] = {}
+
+#: What the attributes of nodes call the inputs that they have saved. Outputs are "result", "values", "indices", ...
+_NAMES_OF_INPUTS = frozenset(
+    _SAVED + name
+    for name in ("self", "other", "input", "weight", "mat1", "mat2", "tensor1", "tensor2", "mask", "index")
+)
+
+#: Types of nodes of which it is known already that they save none of their outputs.
+SAVES_NO_OUTPUT: set[type] = set()
+
+
+_names_of_saves_of: dict[type, list[str]] = {}
+
+
+def _names_of_saves(kind: type) -> list[str]:
+    """The attributes by which nodes of a type show what PyTorch takes hooks on."""
+    names = _names_of_saves_of.get(kind)
+    if names is None:
+        names = _names_of_saves_of[kind] = [name for name in dir(kind) if name.startswith(_SAVED)]
+    return names
+
+
 _saved_tensors: Any = torch.autograd.function.BackwardCFunction.saved_tensors
 #: Types of nodes that cannot be asked what they save: an in-place operation on a view, a C++ extension's function.
 _OPAQUE_NODES = ("CopySlices", "CppFunction")
@@ -437,9 +463,7 @@ def saved_variables(node: Any) -> list[tuple[Any, torch.Tensor]] | None:
     A tensor whose ``grad_fn`` is the node is an output of it; every other is the very tensor that was saved.
     """
     kind = type(node)
-    names = _saved_names.get(kind)
-    if names is None:
-        names = _saved_names[kind] = [name for name in dir(kind) if name.startswith(_SAVED)]
+    names = _names_of_saves(kind)
     if not names:
         return None if kind.__name__ in _OPAQUE_NODES else []
     found = []

@@ -146,9 +146,20 @@ class Writer:
     def targets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors that a call with these arguments writes to."""
         found: list[torch.Tensor] = []
-        for position, keyword in self.written:
-            value = args[position] if position < len(args) else kwargs.get(keyword, kwargs.get("input"))
+        for value in self.written_to(args, kwargs):
             found.extend((value,) if isinstance(value, torch.Tensor) else _memory.tensors_in(value))
+        return found
+
+    def written_to(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The arguments that a call writes to: tensors, or lists of them."""
+        found = []
+        for position, keyword in self.written:
+            if position < len(args):
+                value = args[position]
+            else:  # torch.add_ and its like call "input" what their schemas call "self"
+                value = kwargs.get(keyword, None if position else kwargs.get("input"))
+            if value is not None:
+                found.append(value)
         return found
 
 

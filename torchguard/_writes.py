@@ -210,7 +210,9 @@ def look(
     """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
     version PyTorch does not check and that therefore is to be expected to move.
     """
-    targets = [(target, False) for target in writer.targets(args, kwargs)]
+    targets = [(target, False) for target in writer.targets(args, kwargs) if not _lies_where_nothing_is_saved(target)]
+    if not targets:
+        return
     targets += [(part, True) for target, _ in targets for part in _torch.parts_of(target)]
     undecided: list[tuple[Save, Kind, str]] = []
     spared: list[Save] = []
@@ -279,6 +281,16 @@ def look(
             if writer.counts(target, args, kwargs) and not ALIASES.lent(target, _memory.storage_of(target))
         ]
         hits[:] = [hit for hit in hits if hit.save.stashed or not any(map(hit.save.shares_counter, counting))]
+
+
+def _lies_where_nothing_is_saved(target: torch.Tensor) -> bool:
+    """Whether a quick look tells that no live save lies in the memory of ``target``; asked with user code kept out."""
+    if type(target) not in _memory.PLAIN_TYPES or LEDGER.foreign:
+        return False
+    try:
+        return _torch.storage_id(target) not in LEDGER.groups and target.untyped_storage().resizable()
+    except _memory.NO_MEMORY:  # sparse, opaque, or torch.func's
+        return False
 
 
 class _Spared:
