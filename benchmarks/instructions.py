@@ -47,11 +47,25 @@ def _operations() -> dict[str, Callable[[], object]]:
     layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
     x, b, buffers = torch.randn(4, 8), torch.zeros(8), [torch.zeros(8) for _ in range(6)]
 
+    weight = torch.randn(8, requires_grad=True)
+    alias = weight.data  # kept by what follows
+
+    def save_beside_an_alias() -> torch.Tensor:
+        assert alias is not None
+        return weight.sin()
+
+    def save_what_was_written_in_place() -> torch.Tensor:
+        h = leaf.sin()
+        h.add_(0.1)
+        return h.sin()
+
     def set_item() -> None:
         b[0] = 1.0
 
     return {
         "save of a leaf": lambda: leaf.sin(),
+        "save of a leaf that has an alias": save_beside_an_alias,
+        "save of what was written in place": save_what_was_written_in_place,
         "save of an output": lambda: leaf.exp(),
         "saves of a model": lambda: layers(x),
         "save and read": lambda: leaf.sin().sum().backward(),

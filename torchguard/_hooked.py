@@ -433,9 +433,8 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recompute
     if form[1] is not None or not form[0]:
         save.held = ref(judged)
     storage = save.storage
-    if storage in ALIASES.young or storage in ALIASES.by_storage:
-        if ALIASES.meet_save(storage, tensor):
-            save.keep_small_proof(PROOF_BYTES_AT_SAVE)
+    if (storage in ALIASES.young or storage in ALIASES.by_storage) and ALIASES.meet_save(storage, tensor):
+        save.keep_small_proof(PROOF_BYTES_AT_SAVE)
     if form[0] and judged.numel() * judged.element_size() <= PROOF_BYTES_AT_SAVE:
         remarks = save.remark()  # for a tracked write that nobody sees coming
         if remarks.proof is None:

@@ -176,9 +176,8 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             latest = young.get(storage)
             if latest is not None and latest[0]() is None:
                 young.pop(storage, None)  # a temporary of the last step
-            if storage in young or storage in aliases:
-                if ALIASES.meet_save(storage, tensor):
-                    save.keep_small_proof(PROOF_BYTES_AT_SAVE)
+            if (storage in young or storage in aliases) and ALIASES.meet_save(storage, tensor):
+                save.keep_small_proof(PROOF_BYTES_AT_SAVE)
         if storage in exports:
             known = exports.get(storage)
             if known is not None and known.exports:

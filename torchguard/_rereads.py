@@ -66,9 +66,8 @@ class Reread(Save):
         self.read = False
         self.late = False
         self.allowed: str | None = None
-        if storage in ALIASES.young or storage in ALIASES.by_storage:
-            if ALIASES.meet_save(storage, tensor):
-                self.keep_proof(PROOF_BYTES_AT_SAVE)
+        if (storage in ALIASES.young or storage in ALIASES.by_storage) and ALIASES.meet_save(storage, tensor):
+            self.keep_proof(PROOF_BYTES_AT_SAVE)
         EXPORTS.meet(self, storage, tensor.grad_fn)
         LEDGER.add(self)
 
