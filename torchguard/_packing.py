@@ -141,18 +141,17 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             save.inner_code = code
             save.inner_offset = offset
         grad_fn = tensor.grad_fn
-        kind_of_node = type(grad_fn)
         if grad_fn is not None and (
             (made := grad_fn._sequence_nr()) == number - 1
             or number < 0  # this torch does not tell: never risk a cycle
             or (code is apply_code and code is not None and _may_be_output(tensor, grad_fn, frame))
             or (
                 (save.version or exotic or (references(tensor) - depth <= held_by_none and not tensor._is_view()))
-                and kind_of_node not in saves_no_output
+                and type(grad_fn) not in saves_no_output
                 and made_last(grad_fn, number - 1 if save.version and _copied_itself(save) else number)
             )
         ):
-            node: Any = kind_of_node
+            node: Any = type(grad_fn)
             if node is generic_node:
                 node = node_type(grad_fn)
             save.node = node
@@ -190,19 +189,18 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
                 base = tensor._base
                 if base is not None:
                     grad_fn = base.grad_fn
-                    kind_of_node = type(grad_fn)
                     if grad_fn is not None:
                         made = grad_fn._sequence_nr()
                 if grad_fn is None:
                     # Under one more holder than a fresh tensor: the save.
                     may_be_older = base is not None or references(tensor) - depth > held_by_none + 1
                 else:
-                    may_be_older = save.version > 0 or made < first or kind_of_node not in own_nodes
+                    may_be_older = save.version > 0 or made < first or type(grad_fn) not in own_nodes
             if may_be_older and (
                 exotic
                 or depth != 1
                 or grad_fn is None
-                or kind_of_node not in own_nodes
+                or type(grad_fn) not in own_nodes
                 or not (untyped := tensor.untyped_storage()).resizable()
                 or (tensor.is_cpu and untyped.is_shared())
             ):  # what is asked last is all that would be asked there

@@ -164,7 +164,13 @@ class Save:
     def keep_proof(self, at_most: int | None = None) -> None:
         """Keep a copy of the saved bytes, if there is none yet and they are no more than ``at_most``."""
         tensor = self.tensor
-        if at_most is not None and _is_larger(tensor, at_most):
+        if _is_plain(tensor):  # the same, at a third of the time
+            if at_most is None or tensor.numel() * tensor.element_size() <= at_most:
+                remarks = self.remark()
+                remarks.lent = False
+                has_bytes = not tensor.numel() or _torch.storage_address(tensor)
+                if remarks.proof is None and has_bytes and _memory.readable(tensor):
+                    remarks.proof = _shared_copy_of(tensor)
             return
         remarks = self.remark()
         with _torch.hidden():
@@ -194,9 +200,7 @@ class Save:
         """Keep a copy of what is saved, whatever its layout, and compare when backward reads."""
         remarks = self.remark()
         tensor = self.tensor
-        plain = type(tensor) in _memory.PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_nested
-        if plain and not tensor.is_quantized and not _torch.any_mode_active():
-            # The same, at a third of the time: audit() does it for every save.
+        if _is_plain(tensor):  # the same, at a third of the time: audit() does it for every save
             if not tensor.numel() or not _torch.storage_address(tensor) or _torch.is_capturing(tensor):
                 return
             try:
@@ -372,11 +376,16 @@ class Part(Save):
         self.remark().stashed = True
 
 
-def _is_larger(tensor: torch.Tensor, size: int) -> bool:
-    """Whether a quick look tells that a tensor has more than ``size`` bytes."""
-    if type(tensor) not in _memory.PLAIN_TYPES or _torch.function_mode_active():
-        return False
-    return tensor.numel() * tensor.element_size() > size  # what lies behind a transform's has no fewer
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor can be looked at and copied as it is: nobody else sees it, and it has elements and strides."""
+    return (
+        type(tensor) in _memory.PLAIN_TYPES
+        and not _torch.any_mode_active()
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and not _torch.is_wrapper(tensor)
+    )
 
 
 def copy_of(tensor: torch.Tensor) -> torch.Tensor | None:
