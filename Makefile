@@ -66,7 +66,7 @@ others: $(VENV)/installed-dev ## other people's packages with and without the gu
 	@$(BIN)/python tools/others.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) .venv-others build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) .venv-others torchguard/_native.*.so torchguard/_native.*.pyd build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
 		.benchmarks .mutation
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -76,16 +76,19 @@ $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/installed-demo: pyproject.toml constraints.txt | $(VENV)/created
+# What an editable install is made from: where one of these changes, it is made anew.
+PACKAGE := pyproject.toml constraints.txt hatch_build.py torchguard/_native.c
+
+$(VENV)/installed-demo: $(PACKAGE) | $(VENV)/created
 	@echo 'installing what the demo needs into $(VENV): minutes the first time'
 	@$(INSTALL) -e '.[examples]'
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/created
+$(VENV)/installed-dev: $(PACKAGE) | $(VENV)/created
 	@echo 'installing what the tests and checks need into $(VENV): minutes the first time'
 	@$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/installed-demo
 
-$(VENV)/installed-mutation: pyproject.toml constraints.txt | $(VENV)/created
+$(VENV)/installed-mutation: $(PACKAGE) | $(VENV)/created
 	@$(INSTALL) -e '.[dev,mutation]'
 	@touch $@ $(VENV)/installed-dev $(VENV)/installed-demo

@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_memory", "_model", "_patching", "_places", "_policy", "_saves", "_torch", "_traces", "_violation",
         "_writers",
     },
-    "_exports": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_exports": {"_counts", "_fast", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_fast": set(),
     "_findings": {"_torch", "_violation"},
     "_fingerprint": {"_memory", "_torch"},
     "_functorch": {"_aliases", "_memory", "_packing", "_policy", "_reads", "_saves", "_torch"},
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_hooks": {"_functorch", "_hooked", "_memory", "_packing", "_policy", "_reads", "_torch"},
     "_inputs": {"_memory", "_torch"},
     "_intercept": {
-        "_aliases", "_collectives", "_compiled", "_exports", "_hooked", "_hooks", "_inputs", "_interchange",
+        "_aliases", "_collectives", "_compiled", "_exports", "_fast", "_hooked", "_hooks", "_inputs", "_interchange",
         "_memory", "_patching", "_places", "_policy", "_pools", "_preserved", "_reads", "_recompute", "_refusal",
         "_rereads", "_saves", "_selfwrites", "_stashes", "_storages", "_torch", "_watch", "_writers", "_writes",
     },
@@ -55,15 +56,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_memory": {"_counts", "_model", "_torch"},
     "_model": set(),
     "_overlap": {"_model"},
-    "_packing": {"_aliases", "_exports", "_inputs", "_memory", "_places", "_policy", "_saves", "_torch"},
-    "_patching": {"_torch"},
+    "_packing": {"_aliases", "_exports", "_fast", "_inputs", "_memory", "_places", "_policy", "_saves", "_torch"},
+    "_patching": {"_fast", "_torch"},
     "_places": {"_model", "_torch"},
     "_policy": {"_violation"},
     "_pools": {"_hooks", "_policy"},
     "_preserved": {"_aliases", "_memory", "_places", "_saves", "_torch", "_writes"},
     "_progress": {"guard"},
     "_reads": {
-        "_aliases", "_audit", "_counts", "_exports", "_inputs", "_memory", "_places", "_policy", "_refusal",
+        "_aliases", "_audit", "_counts", "_exports", "_fast", "_inputs", "_memory", "_places", "_policy", "_refusal",
         "_rereads", "_saves", "_torch", "_verdict", "_violation",
     },
     "_recompute": {
@@ -82,7 +83,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_report._source": set(),
     "_report._writer": {"_report._files", "_report._records", "_report._source", "_violation"},
     "_rereads": {"_aliases", "_exports", "_memory", "_places", "_policy", "_saves", "_torch"},
-    "_saves": {"_counts", "_fingerprint", "_ledger", "_memory", "_model", "_places", "_policy", "_torch", "_violation"},
+    "_saves": {
+        "_counts", "_fast", "_fingerprint", "_ledger", "_memory", "_model", "_places", "_policy", "_torch", "_violation",
+    },
     "_selfwrites": {
         "_aliases", "_memory", "_model", "_overlap", "_places", "_policy", "_rereads", "_saves", "_torch", "_writers",
     },

@@ -24,6 +24,7 @@ import torch
 
 from torchguard import _memory, _torch
 from torchguard._counts import COUNTS
+from torchguard._fast import native
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
@@ -313,9 +314,9 @@ def learn_node(node: type) -> None:
         OWN_NODES.add(node)
 
 
-def _holders_of_a_fresh_tensor() -> int:
+def _holders_of_a_fresh_tensor(counting: Any = None) -> int:
     """What ``sys.getrefcount`` says, as deep below the pack hook as it is asked, of a tensor that no Python
-    holds.
+    holds; or what the hook in C that ``counting`` makes says of it.
     """
     counts: list[int] = []
 
@@ -329,7 +330,8 @@ def _holders_of_a_fresh_tensor() -> int:
     try:
         with _torch.no_torch_function(), torch.enable_grad():
             row = torch.ones(2, device="cpu", requires_grad=True)
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hook = pack if counting is None else counting(counts)
+            with torch.autograd.graph.saved_tensors_hooks(hook, lambda tensor: tensor):
                 row.max(0)  # saves the indices, which nobody has seen
     except RuntimeError:  # hooks are switched off right now
         return 0
@@ -338,3 +340,5 @@ def _holders_of_a_fresh_tensor() -> int:
 
 #: A tensor with more holders than this may have been there before the operation that saves it.
 FRESH = _holders_of_a_fresh_tensor()
+#: The same as the part in C counts it, -1 where there is none.
+FRESH_IN_C = -1 if native is None else _holders_of_a_fresh_tensor(native.counting)

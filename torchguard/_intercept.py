@@ -43,8 +43,10 @@ from torchguard import (
 )
 from torchguard._aliases import ALIASES, FEW_YOUNG
 from torchguard._exports import EXPORTS
+from torchguard._fast import native
 from torchguard._patching import (
     Attribute,
+    BoundWriter,
     Patch,
     Routed,
     RoutedMethod,
@@ -112,7 +114,7 @@ _override = Override()
 # ---- the patches -------------------------------------------------------------------------------------------
 
 
-def _route_method(function: Any) -> RoutedMethod:
+def _route_method(function: Any) -> Any:
     """The route from a patched method of ``torch.Tensor`` into the override.
 
     Nearly all writes are to memory that no live save has anything to do with; they are let through here.
@@ -160,7 +162,27 @@ def _route_method(function: Any) -> RoutedMethod:
         return judge(function, (), args, kwargs)
 
     call.original = function  # type: ignore[attr-defined]
-    return RoutedMethod(RoutedWriter(function, call), call)
+    on_class = RoutedWriter(function, call)
+    if native is None:
+        return RoutedMethod(on_class, call)
+    tensor_type, parameter_type = torch.Tensor, torch.nn.Parameter
+    return native.Method(
+        original=function,
+        otherwise=call,
+        on_class=on_class,
+        bound_type=BoundWriter,
+        pending=pending,
+        filing=filing,
+        file=file,
+        groups=groups,
+        foreign=foreign,
+        tensor_type=tensor_type,
+        parameter_type=parameter_type,
+        mode_active=mode_active,
+        storage_id=storage_id,
+        grad_enabled=grad_enabled,
+        reads_itself=reads_itself,
+    )
 
 
 def _touches_a_save(writer: Writer) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
@@ -266,7 +288,7 @@ def _data_getter() -> Callable[..., Any]:
     getframe = sys._getframe
     watching = _watch.watching
 
-    def get_data(_: _Data, instance: Any, owner: Any = None) -> Any:
+    def get_data(_: Any, instance: Any, owner: Any = None) -> Any:
         if instance is None:
             return _original_data
         if watching:
@@ -301,7 +323,29 @@ def _data_getter() -> Callable[..., Any]:
     return get_data
 
 
-_Data.__get__ = _data_getter()  # type: ignore[attr-defined]
+def _data() -> Any:
+    """What stands in ``torch.Tensor`` for ``data``."""
+    get = _data_getter()
+    if native is None:
+        _Data.__get__ = get  # type: ignore[attr-defined]
+        return _Data()
+    return native.Data(
+        original=_original_data,
+        get=get,
+        set=_set_data,
+        remove=_original_data.__delete__,
+        pending=LEDGER.pending,
+        filing=LEDGER.filing,
+        file=LEDGER.file,
+        groups=LEDGER.groups,
+        young=ALIASES.young,
+        tensor_type=torch.Tensor,
+        parameter_type=torch.nn.Parameter,
+        storage_id=_torch.storage_id,
+        inside_library=_places.inside_library,
+        watching=_watch.watching,
+        few=FEW_YOUNG,
+    )
 
 
 def _lend(tensor: torch.Tensor, frame: Any) -> Any:
@@ -390,7 +434,7 @@ def _prepare() -> list[Patch]:
     torch.overrides.get_overridable_functions()
     torch.overrides.get_testing_overrides()
     patches = []
-    wrappers: dict[int, Routed | RoutedMethod] = {}
+    wrappers: dict[int, Any] = {}
     # torch._C._nn is replaced as a whole: its functions pickle by the module's name, which must lead to them.
     nn_functions = types.ModuleType(_torch.NN.__name__)
     nn_functions.__dict__.update(vars(_torch.NN))
@@ -424,7 +468,7 @@ def _prepare() -> list[Patch]:
     patches += [Patch(owner, name, Routed(vars(owner)[name], route)) for owner, name, route in _collectives.routes()]
     patches.append(Patch(torch.utils, "swap_tensors", Routed(torch.utils.swap_tensors, _swap_tensors)))
     patches += [Patch(owner, "detach_", Routed(owner.detach_, _detach_in_place)) for owner in (torch.Tensor, torch)]
-    patches.append(Patch(torch.Tensor, "data", _Data()))
+    patches.append(Patch(torch.Tensor, "data", _data()))
     patches += [
         Patch(torch.Tensor, name, Attribute(getattr(torch.Tensor, name), set=_part_setter(name)))
         for name in ("real", "imag")

@@ -18,7 +18,8 @@ import torch
 
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES
-from torchguard._exports import EXPORTS, FRESH, OWN_NODES
+from torchguard._exports import EXPORTS, FRESH, FRESH_IN_C, OWN_NODES
+from torchguard._fast import native
 from torchguard._inputs import read_recording, saved_before
 from torchguard._saves import LEDGER, PROOF_BYTES_AT_SAVE, Part, Save, operation_of_node
 from torchguard._torch import ref
@@ -50,7 +51,8 @@ OWN_FILES = frozenset(
 def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Tensor], Save]:
     """A new pack hook, or one for tensors that are known to be no plain ones, or one that keeps the bytes of each save.
 
-    Everything it uses is bound to a local name: it runs once a save.
+    Everything it uses is bound to a local name: it runs once a save. Where there is a part in C, that records what is
+    ordinary in the same way, and asks this for the rest (see decision record 12).
     """
     pending = LEDGER.pending
     file = LEDGER.file
@@ -80,6 +82,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
     own_nodes = OWN_NODES
     saves_no_output = _torch.SAVES_NO_OUTPUT
     own_files = OWN_FILES
+    fresh = FRESH_IN_C
     view_node = _VIEW_NODE
     # What an operation saves, it saves between two nodes of its thread, and from one instruction: the way from there
     # to the user's code is walked once. (One tuple, so that a thread never sees half of what another wrote.)
@@ -235,7 +238,48 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             )
         return save
 
-    return pack_exotic if exotic else pack
+    if exotic or audits or native is None or fresh < 0:
+        return pack_exotic if exotic else pack
+
+    def output_after_all(save: Save, grad_fn: Any, number: int) -> bool:
+        return made_last(grad_fn, number - 1 if save.version and _copied_itself(save) else number)
+
+    in_c: Callable[[torch.Tensor], Save] = native.Pack(
+        otherwise=pack,
+        save_type=Save,
+        tensor_type=tensor_type,
+        parameter_type=parameter_type,
+        mode_active=mode_active,
+        storage_id=storage_id,
+        next_number=next_number,
+        output_after_all=output_after_all,
+        is_open=_is_open,
+        mend_foreach=_mend_foreach,
+        inside_library=inside_library,
+        own_files=own_files,
+        apply_code=apply_code,
+        generic_node=generic_node,
+        view_node=view_node,
+        own_nodes=own_nodes,
+        saves_no_output=saves_no_output,
+        young=young,
+        aliases=aliases,
+        exports=exports,
+        dead_exports=dead_exports,
+        recording=recording,
+        pending=pending,
+        append=append,
+        file=file,
+        file_at=file_at,
+        fresh=fresh,
+        first=first,
+    )
+    return in_c
+
+
+def _is_open(tensor: torch.Tensor) -> bool:
+    untyped = tensor.untyped_storage()
+    return not untyped.resizable() or (tensor.is_cpu and untyped.is_shared())
 
 
 def _latest(most: int) -> list[ref[Save]]:

@@ -22,6 +22,7 @@ from typing import Any
 import wrapt
 
 from torchguard import _torch
+from torchguard._fast import native
 
 
 class Copied:
@@ -81,9 +82,10 @@ def _of_what_is_wrapped(name: str) -> Any:
     return property(lambda self: getattr(self.__wrapped__, name))
 
 
-class _BoundWriter(Copied, functools.partial):  # type: ignore[type-arg]
-    # x.add_ while torch.Tensor.add_ is routed. Calling a partial is all in C; for all but a call it is what it stands
-    # for. (No __getattribute__: dynamo takes that for something that it cannot trace.)
+class BoundWriter(Copied, functools.partial):  # type: ignore[type-arg]
+    """``x.add_`` while ``torch.Tensor.add_`` is routed. For all but a call it is what it stands for."""
+
+    # Calling a partial is all in C. (No __getattribute__: dynamo takes that for something that it cannot trace.)
     __slots__ = ()
 
     @property
@@ -100,13 +102,13 @@ class _BoundWriter(Copied, functools.partial):  # type: ignore[type-arg]
         return dir(self.__wrapped__)
 
     def __eq__(self, other: object) -> Any:
-        return self.__wrapped__ == (other.__wrapped__ if isinstance(other, _BoundWriter) else other)
+        return self.__wrapped__ == (other.__wrapped__ if isinstance(other, BoundWriter) else other)
 
     def __hash__(self) -> int:
         return hash(self.__wrapped__)
 
 
-_BoundWriter.__module__ = _of_what_is_wrapped("__module__")
+BoundWriter.__module__ = _of_what_is_wrapped("__module__")
 
 
 class RoutedWriter(Routed):
@@ -117,7 +119,7 @@ class RoutedWriter(Routed):
         self._self_call = call
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else _BoundWriter(self._self_call, instance)
+        return self if instance is None else BoundWriter(self._self_call, instance)
 
 
 class RoutedMethod:
@@ -133,11 +135,14 @@ class RoutedMethod:
         self._self_call = call
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self.on_class if instance is None else _BoundWriter(self._self_call, instance)
+        return self.on_class if instance is None else BoundWriter(self._self_call, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._self_call(*args, **kwargs)
 
+
+#: The types of what stands in ``torch.Tensor`` for a method that writes.
+ROUTED_METHODS: Any = (RoutedMethod,) if native is None else (RoutedMethod, native.Method)
 
 _MISSING = object()
 
@@ -187,7 +192,7 @@ class Patch:
         here = vars(self.owner).get(self.name)
         if here is not self.replacement and not (
             # Somebody took the method from the class and put it back.
-            isinstance(self.replacement, RoutedMethod) and here is self.replacement.on_class
+            isinstance(self.replacement, ROUTED_METHODS) and here is self.replacement.on_class
         ):
             return  # somebody else's by now
         if self.below is _MISSING:
@@ -266,6 +271,6 @@ def scripted(patches: Sequence[Patch]) -> list[tuple[Any, str]]:
     for patch in patches:
         if isinstance(patch.replacement, types.ModuleType):
             wrappers.update((id(value), value) for value in vars(patch.replacement).values())
-    routed = [wrapper.on_class if isinstance(wrapper, RoutedMethod) else wrapper for wrapper in wrappers.values()]
+    routed = [wrapper.on_class if isinstance(wrapper, ROUTED_METHODS) else wrapper for wrapper in wrappers.values()]
     names = [(wrapper, _torch.script_name(wrapper.__wrapped__)) for wrapper in routed if isinstance(wrapper, Routed)]
     return [(wrapper, name) for wrapper, name in names if name is not None]

@@ -18,6 +18,7 @@ from torchguard._aliases import ALIASES
 from torchguard._audit import SYNCHRONOUS, put_off
 from torchguard._counts import SLOW_PATH
 from torchguard._exports import EXPORTS
+from torchguard._fast import native
 from torchguard._inputs import note_read
 from torchguard._rereads import Reread
 from torchguard._saves import LEDGER, Access, Part, Save
@@ -96,7 +97,18 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
             return save.given
         return tensor
 
-    return unpack
+    if native is None:
+        return unpack
+    in_c: Callable[[Save], torch.Tensor] = native.Unpack(
+        otherwise=unpack,
+        collecting=collecting,
+        mode_active=mode_active,
+        storage_id=storage_id,
+        records=records,
+        young=young,
+        aliases=aliases,
+    )
+    return in_c
 
 
 #: The unpack hook of every guard.

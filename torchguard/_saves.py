@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
 from torchguard import _fingerprint, _memory, _places, _policy, _torch
 from torchguard._counts import COUNTS, SLOW_PATH
+from torchguard._fast import native
 from torchguard._ledger import Extent, Ledger
 from torchguard._model import Span
 from torchguard._torch import ref
@@ -109,7 +110,41 @@ class Remarks:
         self.view: ref[torch.Tensor] | None = None
 
 
-class Save:
+if TYPE_CHECKING or native is None:
+
+    class Fields:
+        """The attributes of a save."""
+
+        __slots__ = (
+            "__weakref__",
+            "code",
+            "inner_code",
+            "inner_offset",
+            "node",
+            "offset",
+            "output",
+            "remarks",
+            "storage",
+            "tensor",
+            "version",
+        )
+
+        tensor: torch.Tensor
+        version: int
+        storage: int
+        code: CodeType | None
+        offset: int
+        inner_code: CodeType | None
+        inner_offset: int
+        node: type | None
+        output: int
+        remarks: Remarks | None
+
+else:
+    Fields = native.Fields
+
+
+class Save(Fields):
     """A tensor that autograd keeps for backward.
 
     Attributes:
@@ -123,19 +158,7 @@ class Save:
         remarks: None until there is something to remark.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "code",
-        "inner_code",
-        "inner_offset",
-        "node",
-        "offset",
-        "output",
-        "remarks",
-        "storage",
-        "tensor",
-        "version",
-    )
+    __slots__ = ()
 
     #: Whether the guard makes PyTorch's check of versions for it, and whether it is sure that backward will read this
     #: memory (both are otherwise under save hooks of the program).
@@ -143,17 +166,6 @@ class Save:
     certain: ClassVar[bool] = True
     #: Whether a write that nobody saw has moved the version of one that is not checked.
     tracked: ClassVar[bool] = False
-
-    tensor: torch.Tensor
-    version: int
-    storage: int
-    code: CodeType | None
-    offset: int
-    inner_code: CodeType | None
-    inner_offset: int
-    node: type | None
-    output: int
-    remarks: Remarks | None
 
     def remark(self) -> Remarks:
         """The remarks, made if there are none yet."""

@@ -21,9 +21,9 @@ import torch
 
 from torchguard import _collectives, _counterless, _explain, _memory, _places, _policy, _torch, _writers, _writes
 from torchguard._patching import (
+    ROUTED_METHODS,
     Patch,
     Routed,
-    RoutedMethod,
     keep_from_the_compiler,
     lock,
     scripted,
@@ -280,8 +280,8 @@ class _Below:
     patch: Patch | None = None
 
     def call(self, wrapped: Any, instance: Any = None) -> Any:
-        below = None if self.patch is None else self.patch.below
-        if not isinstance(below, (Routed, RoutedMethod)):
+        below: Any = None if self.patch is None else self.patch.below
+        if not isinstance(below, Routed) and not isinstance(below, ROUTED_METHODS):
             return wrapped
         return below if instance is None else below.__get__(instance, type(instance))
 
