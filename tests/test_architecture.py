@@ -17,7 +17,7 @@ PACKAGE = Path(torchguard.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_switch", "_violation", "guard"},
     "__main__": {"_config", "_suppressions", "_switch", "_tracebacks"},
-    "_aliases": {"_counts", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
+    "_aliases": {"_counts", "_ledger", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_audit": {"_memory", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation"},
     "_collectives": {
         "_aliases", "_counts", "_memory", "_places", "_policy", "_rehearsal", "_saves", "_torch", "_violation",

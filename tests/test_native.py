@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchguard
 from torchguard import _hooks, _packing, _reads, _torch
+from torchguard._aliases import ALIASES
 from torchguard._fast import native
 from torchguard._saves import LEDGER, Save
 
@@ -170,6 +171,7 @@ def recorded(program: Callable[[], Any]) -> tuple[list[tuple[Any, ...]], list[An
     gradients: list[Any] = []
     for _ in range(3):  # files and types of nodes that were not met before have been met the last time
         assert not LEDGER.all_alive()
+        ALIASES.forget_all_dead()  # of storages whose identity may be used again
         with torchguard.strict():
             out = program()
             saves = LEDGER.all_alive()
@@ -242,6 +244,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 CORRUPTING = """
 import torch, torchguard
+from torchguard._aliases import ALIASES
 from torchguard._fast import native
 print(native)
 x = torch.ones(3, requires_grad=True)

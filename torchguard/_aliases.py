@@ -7,6 +7,9 @@ and the alias still lives. The ``p.data.add_(...)`` of an optimiser's step, a te
 nothing has saved, never has one.
 
 A write that the guard saw and judged moves the expectation, so that only unseen writes stand out.
+
+Note [Many aliases of one storage]. Parameters cut from one flat buffer are hundreds of aliases of one storage. A save,
+a read and a write look at those only that share a byte with them, by an index that is drawn where there are many.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 
 from torchguard import _memory, _torch
 from torchguard._counts import COUNTS
+from torchguard._ledger import Spans
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
@@ -28,6 +32,8 @@ from torchguard._torch import ref
 _SLACK = 8
 #: Up to so many young aliases are not swept.
 FEW_YOUNG = 1024
+#: Up to so many aliases of one storage are looked at one by one.
+_FEW = 16
 #: Dead aliases of one storage whose counter is still watched: a ``detach()`` of a dead alias could still
 #: write.
 _DEAD_KEPT = 64
@@ -76,6 +82,15 @@ class AliasRecord(ref[torch.Tensor]):
         self.counter = _memory.counter_of(alias)
 
     @property
+    def stretch(self) -> tuple[int, int] | None:
+        """First and one past the last byte of the alias, counted from the beginning of its storage; None if unknown."""
+        if self.span is not None:
+            low, high = self.span.bounds
+            return low - self.start, high - self.start
+        alias = self()
+        return (0, 0) if alias is None else _memory.stretch_in_storage(alias)
+
+    @property
     def is_quiet(self) -> bool:
         """Whether a quick look tells that the counter is watched and has not moved; asked where no mode is on."""
         counter = self.counter
@@ -113,8 +128,43 @@ class Aliases:
         #: The latest alias of each storage, as long as nothing asks after it. Most are temporaries
         #: (``p.data.add_(...)``) and are dead when the next one comes.
         self.young: dict[int, tuple[ref[torch.Tensor], CodeType | None, int]] = {}
+        self._spans: dict[int, Spans] = {}  # of storages with many aliases that somebody has asked about a part of
         self._sweep_at = _SLACK
         self._sweep_young_at = FEW_YOUNG
+
+    def near(self, storage: int, tensor: torch.Tensor) -> list[AliasRecord]:
+        """The aliases of a storage that may share a byte with ``tensor``; all of them where they are few."""
+        records = self.by_storage.get(storage, [])
+        if len(records) <= _FEW:
+            return records
+        reach = _memory.stretch_in_storage(tensor)
+        if reach is None:
+            return records
+        spans = self._spans.get(storage)
+        if spans is None or spans.size > 2 * len(records) + _SLACK:
+            spans = self._spans[storage] = Spans()
+        for record in records[spans.entered :]:
+            spans.enter(record, record.stretch)
+        spans.entered = len(records)
+        found: list[Any] = spans.find(*reach)
+        return found
+
+    def lies_elsewhere(self, storage: int, tensor: torch.Tensor) -> None:
+        """``tensor`` reaches another part of its storage now."""
+        self._spans.pop(storage, None)
+        for record in self.by_storage.get(storage, ()):
+            if record.counter is not None and record() is tensor:
+                record.span = _memory.span_of(tensor)
+                record.start = _torch.storage_address(_torch.behind(tensor))
+
+    def _keep(self, storage: int, records: list[AliasRecord], kept: list[AliasRecord]) -> None:
+        """Let go of those of the records of a storage that are not to be kept."""
+        if not kept:
+            self.by_storage.pop(storage, None)
+        elif len(kept) < len(records):
+            self.by_storage[storage] = kept
+        if len(kept) < len(records):
+            self._spans.pop(storage, None)
 
     def enter_young(self, alias: torch.Tensor, storage: int, code: CodeType | None, offset: int) -> None:
         """Take down a fresh alias (at version 0) of a storage in which no live save lies."""
@@ -152,6 +202,9 @@ class Aliases:
             last = records[-1]
             if last.counter is None and last() is None:
                 records[-1] = record
+                if self._spans and storage in self._spans:
+                    spans = self._spans[storage]
+                    spans.entered = min(spans.entered, len(records) - 1)
             else:
                 records.append(record)
                 if len(records) > _DEAD_KEPT and not len(records) & (len(records) - 1):
@@ -163,10 +216,7 @@ class Aliases:
         records = self.by_storage.get(storage, [])
         dead = [record for record in records if record() is None and record.counter is not None][-_DEAD_KEPT:]
         kept = [record for record in records if record() is not None or any(record is other for other in dead)]
-        if kept:
-            self.by_storage[storage] = kept
-        else:
-            self.by_storage.pop(storage, None)
+        self._keep(storage, records, kept)
 
     def _sweep(self) -> None:
         for storage in list(self.by_storage):
@@ -179,11 +229,7 @@ class Aliases:
         """No save of this storage is alive: what a dead alias did can matter to none."""
         records = self.by_storage.get(storage)
         if records is not None:
-            kept = [record for record in records if record() is not None]
-            if kept:
-                self.by_storage[storage] = kept
-            else:
-                self.by_storage.pop(storage, None)
+            self._keep(storage, records, [record for record in records if record() is not None])
 
     def forget_all_dead(self) -> None:
         """No save is alive at all."""
@@ -191,11 +237,11 @@ class Aliases:
             self.forget_dead(storage)
 
     def arm(self, storage: int, saved: torch.Tensor) -> bool:
-        """A save is being made in this storage: watch the counters of the aliases that live. False if no
+        """A save is being made in this storage: watch the counters of the aliases that live and reach it. False if no
         counter is watched but that of what is being saved, which is the save's.
         """
         alive = False
-        for record in self.by_storage.get(storage, ()):
+        for record in self.near(storage, saved):
             alias = record()
             if alias is None:
                 alive = alive or record.counter is not None  # a ``detach()`` of it may be there still
@@ -212,22 +258,29 @@ class Aliases:
         """
         if storage not in self.young:
             alive = False
-            for record in self.by_storage.get(storage, ()):
+            if len(self.by_storage.get(storage, ())) > _FEW and not LEDGER.any_in_storage(storage):
+                self.sync(storage)  # once for them all, while there is nothing to mark
+            for record in self.near(storage, saved):
                 alias = record()
                 if alias is None or not record.is_quiet:
                     break
                 alive = alive or alias is not saved
             else:
                 return alive
-        self.sync(storage)
+        self.sync(storage, saved)
         return self.arm(storage, saved)
 
-    def is_quiet(self, storage: int) -> bool:
-        """Whether a quick look tells that no counter of an alias of this storage has moved unseen."""
-        return storage not in self.young and all(record.is_quiet for record in self.by_storage.get(storage, ()))
+    def is_quiet(self, storage: int, saved: torch.Tensor) -> bool:
+        """Whether a quick look tells that no counter of an alias that reaches a save has moved unseen."""
+        return storage not in self.young and all(record.is_quiet for record in self.near(storage, saved))
 
-    def sync(self, storage: int, saves: list[Save] | None = None) -> None:
-        """Mark the saves that an unseen write may have touched, and expect from now on what is there now."""
+    def sync(self, storage: int, reached: torch.Tensor | None = None, saves: list[Save] | None = None) -> None:
+        """Mark the saves that an unseen write may have touched, and expect from now on what is there now.
+
+        Args:
+            reached: ask only the aliases that may share a byte with it.
+            saves: the live saves of the storage, where they are known.
+        """
         if storage in self.young:
             self._grow(storage)
         records = self.by_storage.get(storage)
@@ -235,14 +288,16 @@ class Aliases:
             return
         if not (LEDGER.any_in_storage(storage) if saves is None else saves):
             self.forget_dead(storage)
-            records = self.by_storage.get(storage, [])
-        for record in records:
+            for record in self.by_storage.get(storage, []):
+                record.expected = record.version
+            return
+        for record in records if reached is None else self.near(storage, reached):
             version = record.version
             if version != record.expected:
                 record.expected = version
-                if saves is None:
-                    saves = LEDGER.in_storage(storage)
-                self._mark(record, storage, saves)
+                stretch = record.stretch if saves is None else None
+                near = saves or (LEDGER.near(storage, *stretch) if stretch else LEDGER.in_storage(storage))
+                self._mark(record, storage, near)
 
     def _mark(self, record: AliasRecord, storage: int, saves: list[Save]) -> None:
         alias = record()
@@ -269,15 +324,11 @@ class Aliases:
             del self.young[storage]
         records = self.by_storage.get(storage)
         if records is not None:
-            kept = [record for record in records if record() is not tensor]
-            if kept:
-                self.by_storage[storage] = kept
-            else:
-                del self.by_storage[storage]
+            self._keep(storage, records, [record for record in records if record() is not tensor])
 
-    def settle(self, storage: int) -> None:
-        """A write into this storage has been judged: what moved by it is expected."""
-        for record in self.by_storage.get(storage, ()):
+    def settle(self, storage: int, target: torch.Tensor | None = None) -> None:
+        """A write into this storage, to ``target`` if that is known, has been judged: what moved by it is expected."""
+        for record in self.by_storage.get(storage, ()) if target is None else self.near(storage, target):
             record.expected = record.version
 
     def lent(self, tensor: torch.Tensor, storage: int) -> bool:

@@ -110,7 +110,7 @@ def _carry_out(
 ) -> Any:
     COUNTS.writes += 1
     frame = sys._getframe(2)
-    watched: list[int] = []
+    watched: _writes.Watched = []
     hits: list[_writes.Hit] = []
     seen: list[_writes.Expecting] = []
     with _torch.no_torch_function():
@@ -120,8 +120,8 @@ def _carry_out(
         try:
             return call(*args, **kwargs)
         finally:
-            for storage in watched:
-                ALIASES.settle(storage)
+            for storage, target in watched:
+                ALIASES.settle(storage, target)
             for save in seen:
                 save.expect_version()
             seen.clear()
@@ -223,10 +223,10 @@ class _Arrival:
             self._rehearsal.put_down()
             self._expect(watched)
 
-    def _expect(self, watched: list[int]) -> None:
+    def _expect(self, watched: _writes.Watched) -> None:
         """What has moved by now is expected."""
-        for storage in watched:
-            ALIASES.settle(storage)
+        for storage, target in watched:
+            ALIASES.settle(storage, target)
         for save in self._unchecked:
             save.expect_version()
         self._unchecked.clear()
@@ -234,9 +234,9 @@ class _Arrival:
     def _let_bytes_decide(self, save: Save) -> None:
         save.let_bytes_decide("uncounted", self._writer.title, self._here)
 
-    def _look(self) -> tuple[list[int], list[_writes.Hit]]:
+    def _look(self) -> tuple[_writes.Watched, list[_writes.Hit]]:
         """What is saved in the memory that it writes to now; there can be more than when it began."""
-        watched: list[int] = []
+        watched: _writes.Watched = []
         hits: list[_writes.Hit] = []
         self._unchecked.clear()
         with _torch.no_torch_function():

@@ -65,7 +65,7 @@ class Ledger(Generic[E]):
         self.groups: dict[int, list[ref[E]]] = {}
         self.foreign: dict[int, Extent] = {}
         self._reach_of = reach_of
-        self._spans: dict[int, _Spans] = {}  # of large groups that somebody has asked about a part of
+        self._spans: dict[int, Spans] = {}  # of large groups that somebody has asked about a part of
         self._thin_at: dict[int, int] = {}  # size at which a large group is thinned out next
         self._unmapped: set[int] | None = None  # groups not yet in _map; None until it is first asked for
         self._map = _AddressMap()
@@ -222,7 +222,7 @@ class Ledger(Generic[E]):
         with self._lock:
             spans = self._spans.get(storage)
             if spans is None or spans.size > 2 * len(group) + _LARGE:
-                spans = self._spans[storage] = _Spans()
+                spans = self._spans[storage] = Spans()
             for item in group[spans.entered :]:
                 entry = item()
                 if entry is not None:
@@ -311,17 +311,23 @@ class Ledger(Generic[E]):
 _call: Callable[[ref[Any]], Any] = ref.__call__
 
 
-class _Spans:
-    """The entries of one storage by the stretch that they occupy in it. Those of one stretch are one key."""
+class Spans:
+    """Things that lie in one storage, by the stretch that they occupy in it. Those of one stretch are one key.
+
+    Attributes:
+        entered: so many of the list that this is an index of have been entered.
+        size: how many have been entered in all.
+    """
 
     def __init__(self) -> None:
-        self.entered = 0  # so many of the group are in here
+        self.entered = 0
         self.size = 0
         self._anywhere: list[ref[Any]] = []
         self._by_stretch: dict[tuple[int, int], list[ref[Any]]] = {}
         self._map = _AddressMap(smallest=5)  # single elements of a buffer may be saved
 
     def enter(self, item: ref[Any], stretch: tuple[int, int] | None) -> None:
+        """Enter what occupies ``stretch``, the first and one past the last byte; None where that is not known."""
         self.size += 1
         if stretch is None:
             self._anywhere.append(item)
@@ -334,6 +340,7 @@ class _Spans:
             items.append(item)
 
     def find(self, low: int, high: int) -> list[ref[Any]]:
+        """What may occupy a byte of ``[low, high)``."""
         found = list(self._anywhere)
         for stretch in self._map.find(low, high):
             found += self._by_stretch[stretch]

@@ -96,7 +96,7 @@ static PyTypeObject FieldsType = {
 
 static PyObject *name_version, *name_nested, *name_grad_fn, *name_sequence_nr, *name_is_view, *name_base;
 static PyObject *name_output_nr, *name_detach, *name_exports, *name_f_lasti;
-static PyObject *name_untyped_storage, *name_resizable;
+static PyObject *name_untyped_storage, *name_resizable, *name_counter, *name_expected;
 
 /* The number that an attribute, or a call, gives; -1 with an exception where it is none. */
 static long long
@@ -215,6 +215,46 @@ clear_given(PyObject *self, const Given *table)
         Py_TYPE(self)->tp_free(self);                              \
     }
 
+/* Whether no counter of an alias of the storage has moved unseen (AliasRecord.is_quiet, Aliases.meet_save). 1: none;
+ * 2: none, and another alias than `saved`, which may be NULL, lives; 0: not to be told here; -1: an exception. */
+static int
+are_quiet(PyObject *aliases, PyObject *storage, PyObject *saved)
+{
+    PyObject *records = PyDict_GetItemWithError(aliases, storage);
+    if (records == NULL) {
+        return PyErr_Occurred() ? -1 : 1;
+    }
+    if (!PyList_CheckExact(records) || PyList_GET_SIZE(records) > 4) {
+        return 0;
+    }
+    int quiet = 1, others = 0;
+    Py_INCREF(records);
+    for (Py_ssize_t i = 0; quiet == 1 && i < PyList_GET_SIZE(records); i++) {
+        PyObject *record = PyList_GET_ITEM(records, i);
+        Py_INCREF(record);
+        if (saved != NULL) {
+            PyObject *alias = call(record);
+            quiet = alias == NULL ? -1 : alias != Py_None;
+            others = others || alias != saved;
+            Py_XDECREF(alias);
+        }
+        if (quiet == 1) {
+            PyObject *counter = PyObject_GetAttr(record, name_counter);
+            if (counter == NULL || counter == Py_None) {
+                quiet = counter == NULL ? -1 : 0;
+            } else {
+                long long version = as_number(PyObject_GetAttr(counter, name_version));
+                long long expected = PyErr_Occurred() ? -1 : as_number(PyObject_GetAttr(record, name_expected));
+                quiet = PyErr_Occurred() ? -1 : version == expected;
+            }
+            Py_XDECREF(counter);
+        }
+        Py_DECREF(record);
+    }
+    Py_DECREF(records);
+    return quiet == 1 && others ? 2 : quiet;
+}
+
 /* ---- the pack hook ----------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -224,7 +264,7 @@ typedef struct {
     PyObject *save_type;
     PyObject *tensor_type, *parameter_type;
     PyObject *mode_active, *storage_id, *next_number;
-    PyObject *output_after_all, *is_open, *mend_foreach;
+    PyObject *output_after_all, *is_open, *mend_foreach, *keep_small_proof;
     PyObject *inside_library, *own_files, *apply_code;
     PyObject *generic_node, *view_node, *own_nodes, *saves_no_output;
     PyObject *young, *aliases, *exports, *dead_exports, *recording;
@@ -244,7 +284,7 @@ typedef struct {
 #define AT(field) {#field, offsetof(Pack, field)}
 static const Given pack_given[] = {
     AT(otherwise), AT(save_type), AT(tensor_type), AT(parameter_type), AT(mode_active), AT(storage_id), AT(next_number),
-    AT(output_after_all), AT(is_open), AT(mend_foreach), AT(inside_library), AT(own_files), AT(apply_code),
+    AT(output_after_all), AT(is_open), AT(mend_foreach), AT(keep_small_proof), AT(inside_library), AT(own_files), AT(apply_code),
     AT(generic_node), AT(view_node), AT(own_nodes), AT(saves_no_output), AT(young), AT(aliases), AT(exports),
     AT(dead_exports), AT(recording), AT(pending), AT(append), AT(file),
     {"file_at", offsetof(Pack, file_at_object)}, {"fresh", offsetof(Pack, fresh_object)},
@@ -318,9 +358,10 @@ place(Pack *self, Fields *save, long long number)
     return 1;
 }
 
-/* Whether a latest alias of the storage, if there is one, is dead: it is forgotten then. 1, 0; -1: an exception. */
+/* Whether nothing has happened through aliases of the storage; a latest one that is dead is forgotten. 1: nothing; 2:
+ * nothing, and one lives; 0: not to be told here; -1: an exception. */
 static int
-has_no_alias(Pack *self, PyObject *storage)
+meet_aliases(Pack *self, PyObject *storage, PyObject *tensor)
 {
     if (PyDict_GET_SIZE(self->young) != 0) {
         PyObject *latest = PyDict_GetItemWithError(self->young, storage);
@@ -340,8 +381,7 @@ has_no_alias(Pack *self, PyObject *storage)
         }
     }
     if (PyDict_GET_SIZE(self->aliases) != 0) {
-        int has = PyDict_Contains(self->aliases, storage);
-        return has < 0 ? -1 : !has;
+        return are_quiet(self->aliases, storage, tensor);
     }
     return 1;
 }
@@ -534,12 +574,12 @@ record(Pack *self, PyObject *tensor, Fields **made_of_it)
     PyObject *grad_fn = NULL;
     Fields *save = NULL;
     int nested = as_truth(PyObject_GetAttr(tensor, name_nested));
-    int ordinary = nested == 0 ? has_no_alias(self, storage) : nested < 0 ? -1 : 0;
-    if (ordinary == 1 && PyDict_GET_SIZE(self->recording) != 0) {
+    int ordinary = nested == 0 ? meet_aliases(self, storage, tensor) : nested < 0 ? -1 : 0;
+    if (ordinary > 0 && PyDict_GET_SIZE(self->recording) != 0) {
         int has = PyDict_Contains(self->recording, storage);
-        ordinary = has < 0 ? -1 : !has;
+        ordinary = has < 0 ? -1 : has ? 0 : ordinary;
     }
-    if (ordinary != 1) {
+    if (ordinary <= 0) {
         result = ordinary;
         goto done;
     }
@@ -590,6 +630,14 @@ record(Pack *self, PyObject *tensor, Fields **made_of_it)
         goto done;
     }
     Py_DECREF(appended);
+    if (ordinary == 2) { /* somebody may write to it unseen */
+        PyObject *proven = call_with(self->keep_small_proof, (PyObject *)save);
+        if (proven == NULL) {
+            result = -1;
+            goto done;
+        }
+        Py_DECREF(proven);
+    }
     if (PyObject_Size(self->pending) > self->file_at) {
         PyObject *filed = call(self->file);
         if (filed == NULL) {
@@ -744,12 +792,10 @@ is_as_saved(Unpack *self, Fields *save)
             }
         }
         int has = PyDict_Contains(self->young, storage);
-        if (has == 0) {
-            has = PyDict_Contains(self->aliases, storage);
-        }
+        int quiet = has == 0 ? are_quiet(self->aliases, storage, NULL) : has < 0 ? -1 : 0;
         Py_DECREF(storage);
-        if (has != 0) {
-            return has < 0 ? -1 : 0;
+        if (quiet <= 0) {
+            return quiet;
         }
     }
     if (is_input) {
@@ -1158,6 +1204,7 @@ PyInit__native(void)
         {&name_base, "_base"},         {&name_is_view, "_is_view"},  {&name_sequence_nr, "_sequence_nr"},
         {&name_output_nr, "output_nr"}, {&name_detach, "detach"},     {&name_exports, "exports"},
         {&name_f_lasti, "f_lasti"},    {&name_untyped_storage, "untyped_storage"}, {&name_resizable, "resizable"},
+        {&name_counter, "counter"},    {&name_expected, "expected"},
     };
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
         *names[i].where = PyUnicode_InternFromString(names[i].name);

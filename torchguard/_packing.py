@@ -255,6 +255,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
         output_after_all=output_after_all,
         is_open=_is_open,
         mend_foreach=_mend_foreach,
+        keep_small_proof=_keep_small_proof,
         inside_library=inside_library,
         own_files=own_files,
         apply_code=apply_code,
@@ -275,6 +276,10 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
         first=first,
     )
     return in_c
+
+
+def _keep_small_proof(save: Save) -> None:
+    save.keep_small_proof(PROOF_BYTES_AT_SAVE)
 
 
 def _is_open(tensor: torch.Tensor) -> bool:

@@ -55,8 +55,8 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     def check(save: Save) -> torch.Tensor | None:
         if save.tensor._version != save.version and (save.version == DETACHED or not _verdict.can_be_repaired(save)):
             _refuse(save)
-        if (save.storage in young or save.storage in aliases) and not is_quiet(save.storage):
-            ALIASES.sync(save.storage)
+        if (save.storage in young or save.storage in aliases) and not is_quiet(save.storage, save.tensor):
+            ALIASES.sync(save.storage, save.tensor)
         if save.remarks is not None or (save.node is None and _memory.storage_of(save.tensor) != save.storage):
             return _examine(save)
         return None
@@ -80,7 +80,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
             save.remarks is not None
             or mode_active()
             or tensor._version != save.version
-            or ((save.storage in young or save.storage in aliases) and not is_quiet(save.storage))
+            or ((save.storage in young or save.storage in aliases) and not is_quiet(save.storage, tensor))
             or (save.node is None and (storage_id(tensor) != save.storage or records()))
         ):
             found = verdict(save)
@@ -242,7 +242,7 @@ def examine(save: Save) -> None:
 
 def examine_stashed(save: Save) -> torch.Tensor | None:
     """The same for a save that PyTorch reads without a look at its version: a tracked write is silent, too."""
-    ALIASES.sync(save.storage)
+    ALIASES.sync(save.storage, save.tensor)
     remarks = save.remark()
     remarks.compare = remarks.compare or save.moved
     with _torch.no_torch_function():
@@ -257,7 +257,7 @@ def look_for_unseen_writes(leaving: bool = False) -> None:
     for storage in list(ALIASES.by_storage) + list(ALIASES.young):
         saves = LEDGER.in_storage(storage)
         before = {id(save) for save in saves if save.remarks is not None and save.remarks.suspect is not None}
-        ALIASES.sync(storage, saves)
+        ALIASES.sync(storage, saves=saves)
         if leaving:
             for save in saves:
                 if save.remarks is not None and save.remarks.suspect is not None and id(save) not in before:

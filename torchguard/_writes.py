@@ -53,6 +53,10 @@ class Expecting(Protocol):
         """What the version is now is expected."""
 
 
+#: Storages with aliases whose counters a write may move, each with what is written to there.
+Watched = list[tuple[int, torch.Tensor]]
+
+
 @dataclass
 class Hit:
     """A live save that a write would silently touch, whether a counter moves, how many elements change."""
@@ -103,7 +107,7 @@ def _carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kw
     COUNTS.writes += 1
     if not _policy.state.guards:
         _note_thread()
-    watched: list[int] = []
+    watched: Watched = []
     hits: list[Hit] = []
     seen: list[Expecting] = []
     with _torch.no_torch_function():
@@ -138,8 +142,9 @@ def _carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kw
     try:
         return call(*args, **kwargs)
     finally:
-        for storage in watched:
-            ALIASES.settle(storage)
+        for storage, target in watched:
+            ALIASES.settle(storage, target)
+        watched.clear()
         for hit in hits:
             hit.save.accept()
         for save in seen:
@@ -203,7 +208,7 @@ def look(
     writer: Writer,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    watched: list[int],
+    watched: Watched,
     hits: list[Hit],
     seen: list[Expecting],
 ) -> None:
@@ -224,8 +229,8 @@ def look(
         if not saves and not LEDGER.any_in_storage(storage):
             continue  # an alias's counter matters to live saves only
         if storage in ALIASES.by_storage or storage in ALIASES.young:
-            ALIASES.sync(storage)
-            watched.append(storage)
+            ALIASES.sync(storage, target)
+            watched.append((storage, target))
         rereads = [save for save in saves if isinstance(save, Reread)]
         if rereads and not (writer.keeps_statistics and running.depth):  # a checkpoint's function may update its own
             note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
@@ -453,6 +458,9 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     Raises:
         SavedTensorCorruptionError: by the innermost guard, before anything has changed.
     """
+    if value is tensor:  # Module.to(), where there is nothing to move
+        setter(tensor, value)
+        return
     saves = saves_of(tensor)
     undecided: list[Save] = []
     rereads = rereads_of(tensor)
@@ -512,16 +520,19 @@ def reaching_elsewhere(tensor: torch.Tensor) -> Iterator[None]:
 
     PyTorch refuses such a save, unless a block puts the counter back.
     """
-    storage = _memory.storage_of(tensor) if LEDGER.groups else 0
-    if not storage or not LEDGER.is_indexed(storage):
+    storage = _memory.storage_of(tensor) if LEDGER.groups or ALIASES.by_storage else 0
+    if not storage or not (LEDGER.is_indexed(storage) or storage in ALIASES.by_storage):
         yield
         return
+    with _torch.no_torch_function():
+        ALIASES.sync(storage)  # what has been written so far was written where it reached until now
     before = _memory.stretch_in_storage(tensor)
     try:
         yield
     finally:
         if _memory.stretch_in_storage(tensor) != before:
             LEDGER.lies_elsewhere(storage)
+            ALIASES.lies_elsewhere(storage, tensor)
 
 
 def keep_before_reshaping(tensor: torch.Tensor, name: str) -> None:
