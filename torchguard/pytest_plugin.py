@@ -34,6 +34,17 @@ def _mode(text: str) -> str:
     return text
 
 
+def _report(text: str) -> str:
+    _, wrong = _config.resolve([Layer("", {"report": text})])
+    if wrong:
+        raise argparse.ArgumentTypeError(wrong[0].removesuffix("; ignored").removeprefix("report="))
+    return text
+
+
+#: What a marker may say; the rest is for the whole run.
+_OF_A_TEST = ("mode", "at", "every_call", "suppressions", "max_reports")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The command line options, and their twins for the ini file."""
     group = parser.getgroup("torchguard", "silent writes to tensors saved for backward")
@@ -46,7 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MODE",
         help=f"run the tests under the guard: off, {modes}; without a value as configured elsewhere, or strict",
     )
-    group.addoption("--torchguard-report", metavar="FILE", help="write the violations to FILE")
+    group.addoption(
+        "--torchguard-report",
+        type=_report,
+        metavar="FILE",
+        help=f"write the violations to FILE, which ends in {', '.join(_config.REPORTS)}",
+    )
     parser.addini("torchguard", f"run the tests under the guard: off, {modes}", default=None)
     parser.addini("torchguard_report", "write the violations to this file", default=None)
     parser.addini("torchguard_suppressions", "file with violations to live with", default=None)
@@ -143,6 +159,10 @@ class _Run:
         markers = []
         for marker in item.iter_markers("torchguard"):
             values = dict(marker.kwargs)
+            for name in sorted(values.keys() - _OF_A_TEST):
+                of_the_run = f"{name} is for the whole run; of a test are {', '.join(_OF_A_TEST)}"
+                unknown = f"unknown option {name!r}{_config.nearest(name, _OF_A_TEST)}"
+                return self.config, [f"the marker torchguard: {of_the_run if name in _config.OPTIONS else unknown}"]
             if len(marker.args) > 1:
                 return self.config, ["the marker torchguard takes one mode, and options by name"]
             mode = marker.args[0] if marker.args else values.pop("mode", None)
@@ -150,7 +170,11 @@ class _Run:
         if not markers:
             return self.config, []
         # Of several markers, an outer one names the mode only where none within does.
-        _, wrong = _config.resolve(markers)
+        alone, wrong = _config.resolve(markers)
+        if alone.suppressions is not None:
+            from torchguard import _suppressions
+
+            wrong += _suppressions.read(alone.suppressions, "the marker torchguard: suppressions")[1]
         config, _ = _config.resolve([*markers, *self.layers])
         return config, wrong
 
@@ -237,6 +261,12 @@ class _Run:
             self.absorb(path)
         if self.report is not None:
             self.report.close()
+
+    def note_missing_report(self) -> None:
+        """A report was asked for on the command line, and nothing that would write it was switched on."""
+        asked = self.pytest_config.getoption("torchguard_report")
+        if asked is not None and not self.on and self.pytest_config.getoption("torchguard") is None:
+            self.problem(f"--torchguard-report: {asked} is not written: no test ran under the guard; add --torchguard")
 
     def problem(self, line: str) -> None:
         """Keep what is to be told at the end, once."""
@@ -402,6 +432,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Each violation once, with the tests that hit it; suppressions that match nothing any more."""
     run = config.stash[_RUN]
+    run.note_missing_report()
     found = [site for site in run.sites.values() if site.violation.allowed is None]
     stale = _stale(run) if run.on else []
     if not (found or stale or run.problems):
