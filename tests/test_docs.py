@@ -190,6 +190,10 @@ MODULES = {path.stem for path in (ROOT / "torchguard").glob("*.py")} - {"__init_
 def test_every_module_is_on_the_map() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(\w+)\.py`", text)) >= MODULES
+    for package in ("_report", "integrations"):
+        (row,) = re.findall(rf"^\| `{package}/` \|.*", text, re.M)
+        modules = {path.stem for path in (ROOT / "torchguard" / package).glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"`(\w+)`", row)) == modules
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/how-it-works.md"])
