@@ -205,6 +205,15 @@ def test_a_violation_fails_its_test_and_shows_the_test_s_own_frames(run: Run) ->
     assert "test_it.py:7: SavedTensorCorruptionError" in shown
 
 
+def test_a_violation_while_a_module_is_imported_shows_the_module_s_own_frames(run: Run) -> None:
+    result = run("corrupt()\ndef test_it(): pass\n", "--torchguard")
+    result.assert_outcomes(errors=1)
+    shown = result.stdout.str()
+    assert "SavedTensorCorruptionError: zero_() through .data" in shown
+    assert "_intercept.py" not in shown
+    assert "c.zero_()" in shown
+
+
 def test_warn_lets_the_test_pass_and_the_summary_names_it_once_with_its_tests(run: Run) -> None:
     text = """
 def test_a(): assert corrupt().tolist() == [0, 0, 0]

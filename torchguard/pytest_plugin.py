@@ -362,17 +362,35 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Attach what was heard; show the test's own frames where the guard refused."""
     run = item.config.stash[_RUN]
-    if run.on and call.excinfo is not None and type(call.excinfo.value).__name__ == "SavedTensorCorruptionError":
-        from torchguard import _tracebacks
-
-        error = call.excinfo.value
-        shown = _tracebacks.of_program(error, error.__traceback__)
-        if shown is not None:
-            call.excinfo = pytest.ExceptionInfo.from_exception(error.with_traceback(shown))
+    if run.on and call.excinfo is not None:
+        call.excinfo = _without_our_frames(call.excinfo)
     report = yield
     if run.heard:
         report.torchguard = run.take_heard()
     return report
+
+
+def _without_our_frames(info: pytest.ExceptionInfo[BaseException]) -> pytest.ExceptionInfo[BaseException]:
+    error = info.value
+    if type(error).__name__ == "SavedTensorCorruptionError":
+        from torchguard import _tracebacks
+
+        shown = _tracebacks.of_program(error, error.__traceback__)
+        if shown is not None:
+            return pytest.ExceptionInfo.from_exception(error.with_traceback(shown))
+    return info
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """The same for what test modules do when they are imported."""
+    show: Any = collector.repr_failure
+    if collector.config.stash[_RUN].on:
+        collector.repr_failure = lambda excinfo: show(_without_our_frames(excinfo))  # type: ignore[method-assign]
+    try:
+        return (yield)
+    finally:
+        vars(collector).pop("repr_failure", None)
 
 
 @pytest.fixture
