@@ -368,6 +368,13 @@ def test_private_names_of_our_own_modules_stay_in_them(name: str) -> None:
     assert found == []
 
 
+def test_files_that_are_named_in_texts_are_there() -> None:
+    """What called a save is found by leaving out the guard's own files, of which some are told by name."""
+    from torchguard._packing import OWN_FILES
+
+    assert {Path(file) for file in OWN_FILES} <= set(FILES.values())
+
+
 # ---- how a module opens ------------------------------------------------------------------------------------
 
 
