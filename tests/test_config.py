@@ -148,6 +148,13 @@ def test_a_bad_value_is_one_clear_line(values: dict[str, Any], told: str, monkey
     assert problem(Layer("X", values)).startswith(told)
 
 
+def test_what_is_done_about_a_fault_is_left_out_where_it_is_an_error() -> None:
+    assert _config.fault_of("X: report=3 is not a path; ignored") == "X: report=3 is not a path"
+    assert _config.fault_of("X: mode='y' is no mode; did you mean 'z'?; not switched on").endswith("did you mean 'z'?")
+    assert _config.fault_of("s.txt: No such file; nothing is suppressed") == "s.txt: No such file"
+    assert _config.fault_of("s:1: 'x' has no reason; write it") == "s:1: 'x' has no reason; write it"
+
+
 @pytest.mark.parametrize("value", ["strict:at=read", "at=read", "strict,at=read,exitcode=3"])
 def test_options_in_the_variable_of_the_mode_are_told_where_they_belong(value: str) -> None:
     config, problems = of_environment(TORCHGUARD=value)

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, wrong = _config.resolve(layers)
     wrong += _suppressions.read(told["suppressions"], "--suppressions")[1]
     if wrong:
-        _switch.say(wrong[0].removesuffix("; ignored"))
+        _switch.say(_config.fault_of(wrong[0]))
         return 2
     environment, problems = _config.of_environment(os.environ)
     project, more = _config.of_project()

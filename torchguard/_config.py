@@ -154,6 +154,17 @@ def _senseless_in(config: Config, option: str) -> str | None:
     return senseless(keywords["action"], at, keywords.get("depth", "saves"), every_call)
 
 
+#: What is done about a problem where nobody can be told that it is an error.
+_OUTCOMES = ("ignored", "not switched on", "nothing is suppressed")
+
+
+def fault_of(problem: str) -> str:
+    """A line about what is wrong, without what is done about it: for where it is an error."""
+    for outcome in _OUTCOMES:
+        problem = problem.removesuffix(f"; {outcome}")
+    return problem
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """What to say of a name that is none of ``choices``: which was meant, and which there are."""
     choices = list(choices)

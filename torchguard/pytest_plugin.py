@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def _mode(text: str) -> str:
     _, wrong = _config.resolve([Layer("", {"mode": text})])
     if wrong:
-        said = wrong[0].rpartition(";")[0].removeprefix("mode=")
+        said = _config.fault_of(wrong[0]).removeprefix("mode=")
         raise argparse.ArgumentTypeError(f"{said}; a path that follows needs --torchguard=MODE")
     return text
 
@@ -37,7 +37,7 @@ def _mode(text: str) -> str:
 def _report(text: str) -> str:
     _, wrong = _config.resolve([Layer("", {"report": text})])
     if wrong:
-        raise argparse.ArgumentTypeError(wrong[0].removesuffix("; ignored").removeprefix("report="))
+        raise argparse.ArgumentTypeError(_config.fault_of(wrong[0]).removeprefix("report="))
     return text
 
 
@@ -355,7 +355,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """A marker that cannot be understood fails its test."""
     wrong = item.stash.get(_WRONG, None)
     if wrong is not None:
-        pytest.fail(f"torchguard: {wrong.partition('; not switched on')[0].partition('; ignored')[0]}", pytrace=False)
+        pytest.fail(f"torchguard: {_config.fault_of(wrong)}", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
