@@ -275,8 +275,8 @@ def test_the_search_for_private_names_finds_them() -> None:
     assert private_names_of_torch(TREES["_torch"])
 
 
-#: Private by their names only, in every supported torch, and asked at every save: a function around one of them would
-#: cost more than the look itself.
+#: Private by their names only, in every supported torch, and asked at every save: a function around one of them
+#: costs half as much again.
 IN_LINE = {"_version", "_base", "_is_view", "_sequence_nr"}
 
 #: Names of operators and collectives, which a table tells something of. (That of ``_counterless`` is generated.)

