@@ -286,7 +286,10 @@ TOLD_IN_TABLES = {
     "_writers": {"_coalesced_", "_fill_mem_eff_dropout_mask_", "_resize_output_"},
 }
 
-#: Private names of the standard library and of wrapt.
+#: Those of the module ``sys``.
+OF_SYS = {"_getframe", "_is_gil_enabled"}
+
+#: Other private names of the standard library.
 NOT_OF_TORCH = {
     "__main__": {"_run_module_as_main"},
     "_hooks": {"_target"},
@@ -334,7 +337,7 @@ OUR_NAMES = {name for module, tree in TREES.items() if module != "_torch" for na
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ("_torch", "_counterless")])
 def test_private_names_of_tensors_nodes_and_storages_are_in_one_module_too(name: str) -> None:
     """Whatever the object is called: a private name that nobody here has given is somebody else's."""
-    told = TOLD_IN_TABLES.get(name, set()) | NOT_OF_TORCH.get(name, set()) | {"_getframe", "_torchguard_guards"}
+    told = TOLD_IN_TABLES.get(name, set()) | NOT_OF_TORCH.get(name, set()) | OF_SYS | {"_torchguard_guards"}
     assert private_names_asked_for(TREES[name]) - OUR_NAMES - IN_LINE - told == set()
 
 
