@@ -278,6 +278,86 @@ def test_the_search_for_private_names_finds_them() -> None:
     assert private_names_of_torch(TREES["_torch"])
 
 
+#: Private by their names only, in every supported torch, and asked at every save: a function around one of them
+#: costs half as much again.
+IN_LINE = {"_version", "_base", "_is_view", "_sequence_nr"}
+
+#: Names of operators and collectives, which a table tells something of. (That of ``_counterless`` is generated.)
+TOLD_IN_TABLES = {
+    "_collectives": {"_allgather_base", "_reduce_scatter_base"},
+    "_selfwrites": {"_foreach_add_", "_foreach_copy_", "_foreach_sub_"},
+    "_writers": {"_coalesced_", "_fill_mem_eff_dropout_mask_", "_resize_output_"},
+}
+
+#: Those of the module ``sys``.
+OF_SYS = {"_getframe", "_is_gil_enabled"}
+
+#: Other private names of the standard library.
+NOT_OF_TORCH = {
+    "__main__": {"_run_module_as_main"},
+    "_hooks": {"_target"},
+    "_pools": {"_WorkItem", "_map_async"},
+    "_switch": {"_exit", "_initializing"},
+}
+
+
+def names_given(tree: ast.AST) -> set[str]:
+    """What a module defines, and the attributes that it gives to its own objects and to others."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.Assign) and any(map(is_slots, node.targets)):
+            found |= {constant.value for constant in ast.walk(node.value) if is_text(constant)}
+    return found
+
+
+def is_slots(target: ast.AST) -> bool:
+    return isinstance(target, ast.Name) and target.id == "__slots__"
+
+
+def is_text(node: Any) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def private_names_asked_for(tree: ast.AST) -> set[str]:
+    """Private names behind a dot, and those in texts, as for ``getattr``."""
+    asked = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_private(node.attr)}
+    return asked | {
+        node.value for node in ast.walk(tree) if is_text(node) and node.value.isidentifier() and is_private(node.value)
+    }
+
+
+OUR_NAMES = {name for module, tree in TREES.items() if module != "_torch" for name in names_given(tree)} | set(
+    MAY_IMPORT
+)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("_torch", "_counterless")])
+def test_private_names_of_tensors_nodes_and_storages_are_in_one_module_too(name: str) -> None:
+    """Whatever the object is called: a private name that nobody here has given is somebody else's."""
+    told = TOLD_IN_TABLES.get(name, set()) | NOT_OF_TORCH.get(name, set()) | OF_SYS | {"_torchguard_guards"}
+    assert private_names_asked_for(TREES[name]) - OUR_NAMES - IN_LINE - told == set()
+
+
+def test_the_lists_of_private_names_have_none_that_is_not_used() -> None:
+    used = {name: private_names_asked_for(tree) for name, tree in TREES.items() if name != "_torch"}
+    assert set.union(*used.values()) >= IN_LINE
+    for names in (TOLD_IN_TABLES, NOT_OF_TORCH):
+        assert {module for module, listed in names.items() if listed - used[module]} == set()
+
+
+def test_the_search_for_private_names_of_objects_finds_them() -> None:
+    for source in ("storage._cdata", "getattr(node, '_saved_result')", "own['_parameters']"):
+        assert private_names_asked_for(ast.parse(source)) - OUR_NAMES, source
+    assert not private_names_asked_for(ast.parse("x.data.__class__; '_ is text'; y.data_ptr()"))
+    assert private_names_asked_for(TREES["_torch"]) >= {"_cdata", "_saved_result", "_schema"}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_private_names_of_our_own_modules_stay_in_them(name: str) -> None:
     """``_places._short`` is the business of ``_places``."""
@@ -292,6 +372,13 @@ def test_private_names_of_our_own_modules_stay_in_them(name: str) -> None:
             ]
             found += [f"line {node.lineno}: {inner}" for inner in inside if is_private(inner)]
     assert found == []
+
+
+def test_files_that_are_named_in_texts_are_there() -> None:
+    """What called a save is found by leaving out the guard's own files, of which some are told by name."""
+    from torchguard._packing import OWN_FILES
+
+    assert {Path(file) for file in OWN_FILES} <= set(FILES.values())
 
 
 # ---- how a module opens ------------------------------------------------------------------------------------

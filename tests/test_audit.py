@@ -86,13 +86,13 @@ KINDS: dict[str, Make] = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_write_that_no_python_sees_to_a_save_of_any_kind(kind: str, asked: str) -> None:
-    for part in range(len(_memory.parts_of(KINDS[kind]()))):
+    for part in range(len(_memory.strided_parts_of(KINDS[kind]()))):
         with torchguard.audit() as guard:
             x, saved = torch.ones(2, requires_grad=True), KINDS[kind]()
             Passing.apply(x, [saved]).sum().backward()  # type: ignore[no-untyped-call]
             assert guard.violations == []
             out = Passing.apply(x, [saved])  # type: ignore[no-untyped-call]
-            poke(_memory.parts_of(saved)[part])
+            poke(_memory.strided_parts_of(saved)[part])
             with pytest.raises(SavedTensorCorruptionError) as error:
                 out.sum().backward()
         violation = error.value.violation
@@ -120,7 +120,7 @@ def fake() -> torch.Tensor:
 
 @pytest.mark.parametrize("make", [zero_size, on_no_device, fake])
 def test_what_holds_no_bytes_is_left_alone(make: Make, asked: str) -> None:
-    assert _memory.parts_of(make()) == []
+    assert _memory.strided_parts_of(make()) == []
     with torchguard.audit() as guard:
         x = make().requires_grad_()
         (x * x).sum().backward()

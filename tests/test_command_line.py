@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 from outside import CORRUPT, LINE, environment, python, summary
 
+import torchguard
 from torchguard import __main__ as command_line
 
 #: What a program can see of how it was started.
@@ -147,6 +151,12 @@ def test_a_mode_that_does_not_exist_is_not_taken_for_off(
         (["--reprot", "r", "x.py"], "unknown option '--reprot'; did you mean '--report'?"),
         (["--suppressions", "nope.txt", "x.py"], "nope.txt: No such file or directory"),
         (["--mode"], "argument --mode: expected one argument"),
+        (["--vesion"], "unknown option '--vesion'; did you mean '--version'? (--mode, "),
+        (["--reprot=r.json", "x.py"], "unknown option '--reprot'; did you mean '--report'?"),
+        (
+            ["--progress=5", "x.py"],
+            "--progress takes no value, and not '5'; values are for TORCHGUARD_OPTIONS=progress=VALUE",
+        ),
         ([], "say which program to run"),
         (["-m"], "say which program to run"),
     ],
@@ -162,6 +172,55 @@ def test_what_is_wrong_with_the_command_line_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"torchguard: {told}")
     assert error.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "x.py").write_text("raise AssertionError('run')\n")
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(["--report", "reports", "x.py"]) == 2
+    assert capsys.readouterr().err == (
+        "torchguard: --report='reports' is a directory; name a file in it, 'reports/report.html' say\n"
+    )
+
+
+def test_a_report_that_nothing_is_switched_on_for_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("print('run')\n")
+    told = "torchguard: --report: nothing is written to r.json: the mode is off\n"
+    done = python(["-m", "torchguard", "--report", "r.json", "x.py"], cwd=tmp_path, TORCHGUARD="off")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "run\n", told)
+    done = python(["-m", "torchguard", "x.py"], cwd=tmp_path, TORCHGUARD="off", TORCHGUARD_OPTIONS="report=r.json")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "run\n", "")
+
+
+def test_version_names_the_distribution_and_the_torch_that_it_runs_with(tmp_path: Path) -> None:
+    import torch
+
+    with_torch = f"(Python {platform.python_version()}, torch {torch.__version__})"
+    done = python(["-X", "importtime", "-m", "torchguard", "--version"], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"torchguard-autograd {torchguard.__version__} {with_torch}\n")
+    assert not re.search(r"\| +torch$", done.stderr, re.M), "torch is not imported for it"
+
+
+def test_version_where_there_is_no_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def not_there(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_there)
+    assert command_line.main(["--version"]) == 0
+    assert capsys.readouterr().out.endswith(", no torch)\n")
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    text = (Path(torchguard.__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'\nname = "torchguard-autograd"\nversion = "{torchguard.__version__}"\n' in text
+
+
+def test_a_program_s_own_version_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import sys\nprint(sys.argv)\n")
+    assert python(["-m", "torchguard", "x.py", "--version"], cwd=tmp_path).stdout == "['x.py', '--version']\n"
 
 
 def test_help_names_every_option_and_status(capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,11 +136,31 @@ ALL_MODES = ", ".join(("off", *_config.MODES))
             {"report": "out"},
             "X: report='out' does not say by its ending what kind of report to write (.jsonl, .json, .sarif",
         ),
+        (
+            {"report": "tests"},
+            "X: report='tests' is a directory; name a file in it, 'tests/report.html' say; ignored",
+        ),
         ({"suppressions": [1]}, "X: suppressions=[1] is not a list of lines; ignored"),
     ],
 )
-def test_a_bad_value_is_one_clear_line(values: dict[str, Any], told: str) -> None:
+def test_a_bad_value_is_one_clear_line(values: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
     assert problem(Layer("X", values)).startswith(told)
+
+
+def test_what_is_done_about_a_fault_is_left_out_where_it_is_an_error() -> None:
+    assert _config.fault_of("X: report=3 is not a path; ignored") == "X: report=3 is not a path"
+    assert _config.fault_of("X: mode='y' is no mode; did you mean 'z'?; not switched on").endswith("did you mean 'z'?")
+    assert _config.fault_of("s.txt: No such file; nothing is suppressed") == "s.txt: No such file"
+    assert _config.fault_of("s:1: 'x' has no reason; write it") == "s:1: 'x' has no reason; write it"
+
+
+@pytest.mark.parametrize("value", ["strict:at=read", "at=read", "strict,at=read,exitcode=3"])
+def test_options_in_the_variable_of_the_mode_are_told_where_they_belong(value: str) -> None:
+    config, problems = of_environment(TORCHGUARD=value)
+    assert config.mode == "off"
+    told = "is not a mode: options stand in TORCHGUARD_OPTIONS, and the mode alone here; not switched on"
+    assert problems == [f"TORCHGUARD={value!r} {told}"]
 
 
 def test_a_bad_value_is_as_if_it_were_not_there_but_a_bad_mode_is_off() -> None:

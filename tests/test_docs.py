@@ -31,9 +31,9 @@ PAGE = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
 
 
 def test_the_tutorial_does_what_it_shows() -> None:
-    page = str(ROOT / "docs" / "tutorial.md")
-    found = doctest.testfile(page, module_relative=False, optionflags=doctest.ELLIPSIS)
-    assert found.attempted > 30
+    page = ROOT / "docs" / "tutorial.md"
+    found = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert found.attempted == page.read_text(encoding="utf-8").count("\n>>> ") > 20
     assert found.failed == 0
 
 
@@ -50,7 +50,9 @@ def test_a_script_of_the_gallery_prints_what_the_page_shows(name: str) -> None:
 def test_every_script_is_on_the_page() -> None:
     scripts = {script.stem for script in (ROOT / "docs" / "gallery").glob("*.py")}
     assert scripts == set(gallery.ORDER)
-    assert PAGE.count("\n## ") == len(scripts)
+    sections = PAGE.split("\n## ")[1:]
+    assert len(sections) == len(scripts)
+    assert all("\nUpstream: " in section for section in sections), "where it was reported, or that we know no report"
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -61,7 +63,11 @@ def test_every_page_is_in_the_navigation() -> None:
 
 # ---- examples --------------------------------------------------------------------------------------------------------
 
-DONE = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted(HOWTO.glob("*.md"))]
+DONE = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("index", "tutorial", "choosing", "switching-on", "reports")),
+    *sorted(HOWTO.glob("*.md")),
+]
 NEEDS = {"lightning": "lightning", "transformers": "transformers"}
 
 
@@ -71,6 +77,28 @@ def test_a_page_does_what_it_shows(page: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec(needed) is None:  # not imported here: Lightning replaces torch.compile
         pytest.skip(f"needs {needed}")
     assert pages.do(page.read_text(encoding="utf-8"), tmp_path) > 0
+
+
+#: Made of scripts, and compared with what they print, by a test above; commands for those who develop.
+SHOWN = {"gallery", "compatibility", "performance", "reference"}
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.stem
+)
+def test_every_example_is_on_a_page_that_is_done(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    languages = {block.language for block in pages.blocks(text) if block.title or block.language != "text"}
+    if page in DONE:
+        assert all(block.title for block in pages.blocks(text) if block.language == "python")
+        languages -= {"pycon"} if page.stem == "tutorial" else set()
+        assert languages <= {"console", "python", "text", "toml", "yaml", "ini", "bash", ""}, languages
+    elif page.stem not in SHOWN:
+        assert languages <= {""}, "an example that no test runs"
+    if page.stem not in SHOWN:  # indented code is no block to pages.py
+        prose = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.M | re.S)
+        told = re.findall(r"(?<=\n\n) {4}\S.*", prose)
+        assert all(re.match(r" {4}(make|pip install) ", line) for line in told), told
 
 
 @pytest.mark.parametrize("page", DONE, ids=lambda page: page.stem)
@@ -190,6 +218,10 @@ MODULES = {path.stem for path in (ROOT / "torchguard").glob("*.py")} - {"__init_
 def test_every_module_is_on_the_map() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(\w+)\.py`", text)) >= MODULES
+    for package in ("_report", "integrations"):
+        (row,) = re.findall(rf"^\| `{package}/` \|.*", text, re.M)
+        modules = {path.stem for path in (ROOT / "torchguard" / package).glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"`(\w+)`", row)) == modules
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/how-it-works.md"])

@@ -151,6 +151,14 @@ def test_parameter(value): assert mode() == ("warn" if value == 1 else "strict")
         ),
         ("'strict', evry_call=True", "unknown option 'evry_call'; did you mean 'every_call'?"),
         ("'strict', 'warn'", "takes one mode, and options by name"),
+        (
+            "'strict', report='r.json'",
+            "torchguard: the marker torchguard: report is for the whole run; of a test are mode, at, every_call, suppress",
+        ),
+        ("exitcode=3", "the marker torchguard: exitcode is for the whole run; of a test are mode"),
+        ("supressions=[]", "unknown option 'supressions'; did you mean 'suppressions'? (mode, at, every_call, suppr"),
+        ("suppressions=['a.py']", "the marker torchguard: suppressions:1: 'a.py' has no reason; write GLOB"),
+        ("suppressions='nope.txt'", "nope.txt: No such file or directory"),
     ],
 )
 def test_a_marker_that_cannot_be_understood_fails_its_test(marker: str, told: str, run: Run) -> None:
@@ -195,6 +203,15 @@ def test_a_violation_fails_its_test_and_shows_the_test_s_own_frames(run: Run) ->
     assert "SavedTensorCorruptionError: zero_() through .data" in shown
     assert "_intercept.py" not in shown
     assert "test_it.py:7: SavedTensorCorruptionError" in shown
+
+
+def test_a_violation_while_a_module_is_imported_shows_the_module_s_own_frames(run: Run) -> None:
+    result = run("corrupt()\ndef test_it(): pass\n", "--torchguard")
+    result.assert_outcomes(errors=1)
+    shown = result.stdout.str()
+    assert "SavedTensorCorruptionError: zero_() through .data" in shown
+    assert "_intercept.py" not in shown
+    assert "c.zero_()" in shown
 
 
 def test_warn_lets_the_test_pass_and_the_summary_names_it_once_with_its_tests(run: Run) -> None:
@@ -451,10 +468,49 @@ def test_a_report_that_cannot_be_written_fails_no_test(run: Run, pytester: pytes
     assert sum("the report cannot be written to" in line for line in section(result)) == 1
 
 
-def test_what_kind_of_report_is_meant_has_to_be_said(run: Run) -> None:
-    result = run("def test_it():\n    corrupt()\n", "--torchguard=warn", "--torchguard-report=r.htm", "-W", "ignore")
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        ("r.htm", "'r.htm' does not say by its ending what kind of report to write; did you mean '.html'?"),
+        ("reports", "'reports' is a directory; name a file in it, 'reports/report.html' say"),
+        ("reports.json", "'reports.json' is a directory; name a file in it, 'reports.json/report.html' say"),
+    ],
+)
+def test_a_report_that_cannot_be_is_a_usage_error(report: str, told: str, run: Run, pytester: pytest.Pytester) -> None:
+    for name in ("reports", "reports.json"):
+        (pytester.path / name).mkdir()
+    result = run("def test_it():\n    corrupt()\n", "--torchguard=warn", f"--torchguard-report={report}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"error: argument --torchguard-report: {told}" in result.stderr.str()
+
+
+def test_a_report_in_the_ini_file_that_cannot_be_is_told(run: Run) -> None:
+    ini = "[pytest]\ntorchguard = warn\ntorchguard_report = r.htm\n"
+    result = run("def test_it():\n    corrupt()\n", "-W", "ignore", pytest__ini=ini)
     result.assert_outcomes(passed=1)
     assert any("report='r.htm' does not say by its ending" in line for line in section(result))
+
+
+def test_a_report_that_nothing_is_switched_on_for_is_told(run: Run, pytester: pytest.Pytester) -> None:
+    result = run("def test_it(): pass\n", "--torchguard-report=r.json")
+    result.assert_outcomes(passed=1)
+    assert "torchguard: not switched on" in result.stdout.str()
+    assert section(result) == [
+        "--torchguard-report: r.json is not written: no test ran under the guard; add --torchguard"
+    ]
+    assert not (pytester.path / "r.json").exists()
+
+
+@pytest.mark.parametrize("how", ["a marker", "off by name", "the ini file"])
+def test_a_report_that_is_written_or_need_not_be_is_not_told_of(how: str, run: Run, pytester: pytest.Pytester) -> None:
+    marker = "import pytest\n@pytest.mark.torchguard\n" if how == "a marker" else ""
+    ini = "[pytest]\ntorchguard_report = r.json\n" if how == "the ini file" else "[pytest]\n"
+    arguments = [] if how == "the ini file" else ["--torchguard-report=r.json"]
+    arguments += ["--torchguard=off"] if how == "off by name" else []
+    result = run(f"{marker}def test_it(): clean()\n", *arguments, pytest__ini=ini)
+    result.assert_outcomes(passed=1)
+    assert "is not written" not in result.stdout.str()
+    assert (pytester.path / "r.json").exists() == (how == "a marker")
 
 
 def test_the_variable_and_pytest(tmp_path: Path) -> None:

@@ -226,6 +226,19 @@ def test_the_headline_names_the_operation_as_the_program_writes_it(how: str, hea
     assert str(caught(lambda: write_operators(how))).splitlines()[0] == headline
 
 
+def test_a_write_to_what_is_inside_a_nested_tensor() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, says torch
+        x = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], requires_grad=True)
+    with torchguard.strict(), pytest.raises(SavedTensorCorruptionError) as caught:
+        y = x * x
+        x.data.unbind()[0].zero_()
+        sum(row.sum() for row in y.unbind()).backward()
+    told = str(caught.value)
+    assert told.startswith("zero_() inside a nested or wrapping tensor has corrupted a tensor saved for backward\n")
+    assert "  Autograd saved a tensor that others are inside of: a nested tensor, or a subclass that wraps them" in told
+
+
 def test_every_kind_says_that_the_gradient_is_wrong_if_backward_reads_it() -> None:
     for program in (write_through_data, rebind, write_uncounted):
         assert "If backward reads" in str(caught(program))

@@ -65,6 +65,12 @@ def matches(line: str, **values: Any) -> bool:
         ("net.py:Net.*", True),
         ("net.py:backward", False),
         ("net.py:Net", False),
+        ("net.py:42-42", True),
+        ("net.py:1-41", False),
+        ("net.py:[A-Z]*.for*", True),
+        ("net.py:[!A-Z]*", True),  # of the bare name
+        ("net.py:Net.?orward", True),
+        ("net.py:N-t.forward", False),
         ("net.py write", True),
         ("net.py *", True),
         ("net.py rebind,write", True),
@@ -74,6 +80,12 @@ def matches(line: str, **values: Any) -> bool:
 )
 def test_what_a_line_speaks_of(line: str, match: bool) -> None:
     assert matches(line) is match
+
+
+@pytest.mark.parametrize("function", ["<lambda>", "<module>", "f.<locals>.g", "größe", "_step2"])
+def test_every_name_that_a_function_can_have_is_taken_for_one(function: str) -> None:
+    assert matches(f"net.py:{function}", written=Place("/work/src/models/net.py", 42, function))
+    assert not matches(f"net.py:{function}", written=Place("/work/src/models/net.py", 42, "other"))
 
 
 def test_where_the_write_was_not_seen_it_is_the_line_that_reads() -> None:
@@ -150,6 +162,15 @@ def test_what_is_no_suppression(line: str) -> None:
         ("-- why", "cannot be read"),
         ("net.py write now -- why", "cannot be read"),
         ("net.py: -- why", "cannot be read"),
+        ("net.py:9-3 -- why", "s:3: '9-3' ends before it begins; write a line (9), lines (3-9) or a function (step, "),
+        ("net.py:0 -- why", "s:3: '0' counts from 0, and lines from 1; write a line (9)"),
+        ("net.py:0-3 -- why", "s:3: '0-3' counts from 0, and lines from 1; write a line (9)"),
+        ("net.py:3- -- why", "s:3: '3-' is neither lines nor the name of a function; write a line (9)"),
+        ("net.py:-3 -- why", "s:3: '-3' is neither lines nor the name of a function; write a line (9)"),
+        ("net.py:3,9 -- why", "s:3: '3,9' is neither lines nor the name of a function; write a line (9)"),
+        ("net.py:3..9 -- why", "s:3: '3..9' is neither lines nor the name of a function; write a line (9)"),
+        ("net.py:step() -- why", "s:3: 'step()' is neither lines nor the name of a function; write a line (9)"),
+        ("net.py:9:12 -- why", "s:3: '9:12' is a line with something behind it; write a line (9)"),
         ("net.py rebnd -- why", "s:3: no kind of violation is called 'rebnd'; did you mean 'rebind'? (write, "),
     ],
 )

@@ -239,12 +239,12 @@ def test_a_report_as_text(tmp_path: Path) -> None:
     assert (tmp_path / "r.txt").read_text() == "torchguard: no violations in 1 process\n"
 
 
-@pytest.mark.parametrize("name", ["file/r.txt", "folder.jsonl"])
+@pytest.mark.parametrize("name", ["file/r.txt", "r.html"])
 def test_a_report_that_cannot_be_written_is_told_and_nothing_else(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "r.html.jsonl").mkdir()  # where its journal would be
     torchguard.enable("warn", report=tmp_path / name)
     with pytest.warns(torchguard.SavedTensorCorruptionWarning):
         corrupt()
@@ -283,14 +283,25 @@ def test_arguments_beat_the_environment_and_what_they_leave_open_is_taken_from_i
             {"mode": "strcit"},
             "torchguard: enable(): mode='strcit' is not a mode of this version; did you mean 'strict'?",
         ),
-        ({"mode": "off"}, "torchguard.disable()"),
+        (
+            {"mode": "off"},
+            "enable() takes one of strict, warn, repair, audit, watch; to switch off, use torchguard.disable()",
+        ),
+        (
+            {"mode": None},
+            "enable() takes one of strict, warn, repair, audit, watch; to switch off, use torchguard.disable()",
+        ),
         ({"exitcode": 300}, "exitcode=300 is not a number from 0 to 255"),
+        ({"report": "/"}, "enable(): report='/' is a directory; name a file in it, '/report.html' say"),
         (
             {"report": "r.htlm"},
             "report='r.htlm' does not say by its ending what kind of report to write; did you mean '.html'?",
         ),
-        ({"suppressions": ["x.py"]}, "'x.py' has no reason"),
-        ({"suppressions": "/nowhere"}, "No such file"),
+        (
+            {"suppressions": ["x.py"]},
+            "suppressions:1: 'x.py' has no reason; write GLOB[:LINE|:FUNCTION] [KIND] -- REASON",
+        ),
+        ({"suppressions": "/nowhere"}, "torchguard: /nowhere: No such file or directory"),
     ],
 )
 def test_an_argument_that_cannot_be_used_is_an_error(arguments: dict[str, object], told: str) -> None:

@@ -6,15 +6,19 @@ import argparse
 import builtins
 import importlib
 import importlib.machinery
+import importlib.metadata
 import io
 import os
 import pkgutil
+import platform
+import re
 import runpy
 import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torchguard
 from torchguard import _config, _suppressions, _switch, _tracebacks
 from torchguard._config import Layer
 
@@ -29,8 +33,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            options = ["--" + option.replace("_", "-") for option in _config.OPTIONS]
-            message = f"unknown option {unknown.split()[0]!r}{_config.nearest(unknown.split()[0], options)}"
+            options = [*map(_as_written, _config.OPTIONS), "--version", "--help"]
+            name = unknown.split()[0].partition("=")[0]
+            message = f"unknown option {name!r}{_config.nearest(name, options)}"
+        flag = re.fullmatch(r"argument (\S+): ignored explicit argument (.*)", message)
+        if flag is not None:
+            option = flag[1].removeprefix("--").replace("-", "_")
+            message = f"{flag[1]} takes no value, and not {flag[2]}; values are for TORCHGUARD_OPTIONS={option}=VALUE"
         _switch.say(message)
         sys.exit(2)
 
@@ -68,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--progress", action="store_true", default=None, help="say now and then how far it is, if there is a terminal"
     )
+    parser.add_argument("--version", action="store_true", help="say which torchguard this is, and with which torch")
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
@@ -78,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     told = vars(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
     module, program = told.pop("module"), told.pop("program")
+    if told.pop("version"):
+        print(_versions())
+        return 0
     if module is None and program and program[0] in _COMMANDS:
         status: int = importlib.import_module(_COMMANDS[program[0]]).main(program[1:])
         return status
@@ -87,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, wrong = _config.resolve(layers)
     wrong += _suppressions.read(told["suppressions"], "--suppressions")[1]
     if wrong:
-        _switch.say(wrong[0].removesuffix("; ignored"))
+        _switch.say(_config.fault_of(wrong[0]))
         return 2
     environment, problems = _config.of_environment(os.environ)
     project, more = _config.of_project()
@@ -96,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _switch.say(problem)
     if rest and config.mode == "off":  # a mode that does not exist, in a file or a variable: nobody asked for "off"
         return 2
+    if config.mode == "off" and told["report"] is not None:
+        _switch.say(f"--report: nothing is written to {told['report']}: the mode is off")
     run = _module(module) if module else _script(program)
     session = _switch.arm(config, layers)
     try:
@@ -109,6 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     session.status = 0
     return 0
+
+
+def _versions() -> str:
+    """What ``--version`` says: the distribution by its name on PyPI; torch is asked for, and not imported."""
+    try:
+        with_torch = f"torch {importlib.metadata.version('torch')}"
+    except importlib.metadata.PackageNotFoundError:
+        with_torch = "no torch"
+    return f"torchguard-autograd {torchguard.__version__} (Python {platform.python_version()}, {with_torch})"
 
 
 def _as_written(option: str) -> str:

@@ -60,7 +60,7 @@ def put_off(save: Save, kind: Kind) -> bool:
     with _torch.hidden():
         tensor = _torch.behind(save.tensor)
         if remarks.proof is None:
-            then, now = remarks.contents or [], _memory.parts_of(tensor)
+            then, now = remarks.contents or [], _memory.strided_parts_of(tensor)
         else:
             then, now = [remarks.proof], [tensor] if _memory.readable(tensor) else []
         if [part.shape for part in then] != [part.shape for part in now]:

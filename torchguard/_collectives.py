@@ -294,8 +294,8 @@ def _work_class() -> Any:
 
         return method
 
-    for name in dir(_torch.Work):
-        if not name.startswith(("__", "_pybind11")) and name not in vars(Work):
+    for name in _torch.WORK_NAMES:
+        if name not in vars(Work):
             setattr(Work, name, passed_on(name, name in ("synchronize", "block_current_stream")))
     _classes.append(Work)
     return Work

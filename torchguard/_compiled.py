@@ -29,8 +29,7 @@ from torchguard._writes import saves_near
 
 _record = make_pack()
 
-#: The attribute of a compiled function's ``ctx``, and the frames between it and what the function was called with.
-STASH = "_tensors_no_vc_check"
+#: The frames between the ``ctx`` of a compiled function and what the function was called with.
 _FRAMES = 6
 _ARGUMENTS = ("args", "deduped_flat_tensor_args")
 
@@ -48,16 +47,16 @@ class StashAttribute:
         if ctx is None:
             return self
         try:
-            stash = vars(ctx)[STASH]
+            stash = vars(ctx)[_torch.COMPILED_STASH]
         except KeyError:
-            raise AttributeError(STASH) from None
+            raise AttributeError(_torch.COMPILED_STASH) from None
         healed = [examine_stashed(save) for save in getattr(stash, "saves", ())]
         if any(tensor is not None for tensor in healed):
             return [new if new is not None else old for new, old in zip(healed, stash, strict=True)]
         return stash
 
     def __set__(self, ctx: Any, tensors: Any) -> None:
-        vars(ctx)[STASH] = tensors
+        vars(ctx)[_torch.COMPILED_STASH] = tensors
         if _policy.innermost() is None or _torch.tracing():
             return
         with _torch.no_torch_function():
@@ -65,7 +64,7 @@ class StashAttribute:
             if tensors:
                 stash = _Stash(tensors)
                 stash.saves = tuple(_save_of(tensor) for tensor in tensors)
-                vars(ctx)[STASH] = stash
+                vars(ctx)[_torch.COMPILED_STASH] = stash
 
 
 def _save_of(tensor: torch.Tensor) -> Save:
@@ -122,7 +121,7 @@ def _may_write_through_data(module: Any) -> bool:
     for node in module.graph.nodes:
         if node.op in ("call_function", "call_method"):
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            takes_data = takes_data or name == "_get_data_attr"
+            takes_data = takes_data or name == _torch.TAKES_DATA
             writes = writes or is_in_place(name) or "out" in node.kwargs
     return takes_data and writes
 

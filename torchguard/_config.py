@@ -129,10 +129,13 @@ def resolve(layers: Sequence[Layer], default: str = "off") -> tuple[Config, list
                     chosen[option] = parsed
                     written_in[option] = f"{layer.source}: {written}={value!r}".removeprefix(": ")
             except _Bad as bad:
+                what = str(bad)
                 if option == "mode":
                     chosen["mode"] = "off"  # of all that could be guessed, the one that changes nothing
+                    if layer.source == "TORCHGUARD" and "=" in value:
+                        what = "is not a mode: options stand in TORCHGUARD_OPTIONS, and the mode alone here"
                 name = layer.source if layer.source == "TORCHGUARD" else f"{layer.source}: {written}".removeprefix(": ")
-                problems.append(f"{name}={value!r} {bad}; {'not switched on' if option == 'mode' else 'ignored'}")
+                problems.append(f"{name}={value!r} {what}; {'not switched on' if option == 'mode' else 'ignored'}")
     if "mode" not in chosen:
         chosen["mode"] = default if default != "off" or not turned_on else "strict"
     for option in ("at", "every_call"):
@@ -149,6 +152,17 @@ def _senseless_in(config: Config, option: str) -> str | None:
     keywords = config.guard_keywords()
     at, every_call = (config.at, False) if option == "at" else (None, config.every_call)
     return senseless(keywords["action"], at, keywords.get("depth", "saves"), every_call)
+
+
+#: What is done about a problem where nobody can be told that it is an error.
+_OUTCOMES = ("ignored", "not switched on", "nothing is suppressed")
+
+
+def fault_of(problem: str) -> str:
+    """A line about what is wrong, without what is done about it: for where it is an error."""
+    for outcome in _OUTCOMES:
+        problem = problem.removesuffix(f"; {outcome}")
+    return problem
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -214,6 +228,8 @@ REPORTS: tuple[str, ...] = (".jsonl", ".json", ".sarif", ".html", ".txt")
 
 def _report(value: Any, directory: str | None) -> str:
     path = _path(value, directory)
+    if os.path.isdir(path):
+        raise _Bad(f"is a directory; name a file in it, {os.path.join(os.fspath(value), 'report.html')!r} say")
     suffix = os.path.splitext(path)[1]
     if suffix.lower() not in REPORTS:
         raise _Bad(f"does not say by its ending what kind of report to write{nearest(suffix, REPORTS)}")

@@ -25,7 +25,7 @@ print("a.grad is     ", [round(value, 4) for value in a.grad.tolist()])
 def main(arguments: Sequence[str]) -> int:
     """Show the program, run it bare, and run it guarded; the exit status."""
     if arguments:
-        print(f"torchguard demo takes no arguments, and not {arguments[0]!r}", file=sys.stderr)
+        print(f"torchguard: demo takes no arguments, and not {arguments[0]!r}", file=sys.stderr)
         return 2
     import torchguard
 

@@ -240,7 +240,7 @@ class Exports:
                 if len(shared.proofs) > _PROOFS_KEPT:
                     shared.proofs = {key: proof for key, proof in shared.proofs.items() if proof() is not None}
                 shared.proofs[key] = ref(proof)
-            remarks.lent = True
+            remarks.for_exports = True
         remarks.exports = [*remarks.exports, *exports]
         shared.saves.append(ref(save))
         if len(shared.saves) > 64 and not len(shared.saves) & (len(shared.saves) - 1):
@@ -294,9 +294,9 @@ def _let_go_of_proof(save: Save | None) -> bool:
     if remarks.proof is not None:
         if not _memory.readable(save.tensor) or not _memory.same_bytes(save.tensor, remarks.proof):
             return False
-        if remarks.lent and not remarks.compare and remarks.suspect is None:
+        if remarks.for_exports and not remarks.compare and remarks.suspect is None:
             remarks.proof = None
-            remarks.lent = False
+            remarks.for_exports = False
     remarks.exports = []
     return True
 

@@ -514,7 +514,7 @@ def _prepare() -> list[Patch]:
     routed = wrapt.FunctionWrapper(getattr(function, forward), _recompute.checkpoint_forward)
     patches.append(Patch(function, forward, staticmethod(routed)))
     backward = torch.autograd.function.BackwardCFunction
-    patches.append(Patch(backward, _compiled.STASH, _compiled.StashAttribute()))
+    patches.append(Patch(backward, _torch.COMPILED_STASH, _compiled.StashAttribute()))
     patches.append(Patch(backward, "saved_tensors", Attribute(_hooks.original_saved_tensors, _hooks.saved_tensors)))
     _compile_patch[:] = [Patch(torch, "compile", Routed(torch.compile, _compile))]
     patches += _compile_patch

@@ -149,7 +149,7 @@ def share(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """A storage goes into shared memory, in place: its address changes, and other processes can write to it."""
     result = wrapped(*args, **kwargs)
     if isinstance(instance, torch.UntypedStorage) and instance.device.type == "cpu":
-        storage = int(instance._cdata)
+        storage = _torch.identity_of(instance)
         LEDGER.moved(storage)
         shared = EXPORTS.shared(instance, storage, False)
         if not any(export.for_good for export in shared.exports):

@@ -170,7 +170,7 @@ def contents_of(tensor: torch.Tensor) -> torch.Tensor:
     return as_bytes(tensor.resolve_conj().resolve_neg().contiguous())
 
 
-def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+def strided_parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The strided tensors that hold what one of any layout holds; none where there are no bytes to read."""
     tensor = _torch.behind(tensor)
     if span_of(tensor) is not None:
@@ -180,7 +180,7 @@ def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
             found = _torch.inner_tensors(tensor)
     except NO_MEMORY:
         return []
-    return [part for inner in found for part in parts_of(inner)]
+    return [part for inner in found for part in strided_parts_of(inner)]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

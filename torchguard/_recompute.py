@@ -277,7 +277,7 @@ def _reached(start: Any) -> Iterator[Any]:
             if isinstance(item, torch.jit.ScriptModule):
                 todo += [*item.parameters(), *item.buffers()]
             else:
-                todo += [*own["_parameters"].values(), *own["_buffers"].values(), *own["_modules"].values()]
+                todo += _torch.members_of(item)
                 todo += [own[name] for name in own.keys() - _IN_EVERY_MODULE]
         elif kind is types.FunctionType:
             yield item

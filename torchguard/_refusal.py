@@ -103,7 +103,7 @@ def _as_torch_names(node: str) -> str:
             result = torch.ones((), requires_grad=True).exp()
             saver: Any = result.grad_fn
             result.detach().add_(1)
-            _style.append("ExpBackward" in _unpacking(lambda: saver._saved_result))
+            _style.append("ExpBackward" in _unpacking(lambda: _torch.saved_result(saver)))
     return node if _style[0] else re.sub(r"Backward0?$|Backward(?=\d+$)", "", node)
 
 

@@ -54,10 +54,10 @@ class Remarks:
         "contents",
         "exports",
         "fingerprint",
+        "for_exports",
         "guard",
         "handed",
         "healed",
-        "lent",
         "parts",
         "proof",
         "spoilt",
@@ -100,7 +100,7 @@ class Remarks:
         #: By what code outside torch could write to it: the bytes decide at the read.
         self.exports: list[Access] = []
         #: Whether the copy is kept for the exports alone, maybe together with other saves.
-        self.lent = False
+        self.for_exports = False
         #: What stands for the tensors inside, where it is a subclass that wraps others.
         self.parts: tuple[Part, ...] = ()
         #: Whether code outside torch has written to it already, where nothing allowed it.
@@ -179,7 +179,7 @@ class Save(Fields):
         if _is_plain(tensor):  # the same, at a third of the time
             if at_most is None or tensor.numel() * tensor.element_size() <= at_most:
                 remarks = self.remark()
-                remarks.lent = False
+                remarks.for_exports = False
                 has_bytes = not tensor.numel() or _torch.storage_address(tensor)
                 if remarks.proof is None and has_bytes and _memory.readable(tensor):
                     remarks.proof = _shared_copy_of(tensor)
@@ -189,7 +189,7 @@ class Save(Fields):
             tensor = _torch.behind(tensor)
             if at_most is not None and tensor.numel() * tensor.element_size() > at_most:
                 return
-            remarks.lent = False
+            remarks.for_exports = False
             has_bytes = _memory.span_of(tensor) is not None or _memory.is_empty(tensor)
             if remarks.proof is None and has_bytes and _memory.readable(tensor):
                 remarks.proof = _shared_copy_of(tensor)
@@ -228,7 +228,7 @@ class Save(Fields):
                 return  # the copy would be made again with every replay
             self.keep_proof()
             if remarks.proof is None:
-                copies = [copy_of(part) for part in _memory.parts_of(self.tensor)]
+                copies = [copy_of(part) for part in _memory.strided_parts_of(self.tensor)]
                 remarks.contents = [copy for copy in copies if copy is not None]
                 if not copies or len(remarks.contents) < len(copies):
                     remarks.contents = None
@@ -294,7 +294,7 @@ class Save(Fields):
         if remarks is None:
             return False
         if remarks.contents is not None:
-            return _memory.same_parts(_memory.parts_of(self.tensor), remarks.contents)
+            return _memory.same_parts(_memory.strided_parts_of(self.tensor), remarks.contents)
         proof = remarks.proof
         return proof is not None and _memory.readable(self.tensor) and _memory.same_bytes(self.tensor, proof)
 

@@ -92,7 +92,7 @@ def _stashed(node: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in list(vars(node).items()):
         items = list(value.values()) if isinstance(value, dict) else value
         for tensor in _memory.tensors_in(items):
-            if _memory.parts_of(tensor):
+            if _memory.strided_parts_of(tensor):
                 yield name, tensor
 
 

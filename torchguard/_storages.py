@@ -35,8 +35,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor | None:
 
 def writes(name: str) -> Route:
     """The route of a method that writes to the bytes of its storage."""
-    title = {"__setitem__": "storage[i] = v", "_byteswap": "UntypedStorage.byteswap()"}
-    writer = Writer(title.get(name, f"UntypedStorage.{name}()"), uncounted=frozenset({"self"}), on_storage=True)
+    writer = Writer(_torch.STORAGE_WRITERS[name], uncounted=frozenset({"self"}), on_storage=True)
 
     def route(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = _bytes_of(instance) if isinstance(instance, torch.UntypedStorage) and LEDGER.any_alive() else None
@@ -69,7 +68,7 @@ def resize(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
 
         return _writes.carry_out(_RESIZE, call, (lost,), {})
     finally:
-        LEDGER.moved(int(instance._cdata))
+        LEDGER.moved(_torch.identity_of(instance))
 
 
 _RESIZE = Writer("UntypedStorage.resize_()", uncounted=frozenset({"self"}), on_storage=True)

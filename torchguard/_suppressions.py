@@ -120,16 +120,36 @@ def parse(line: str, source: str) -> Suppression | None:
         path, detail = words[0], ""  # the colon of C:\...
     if not path or (colon and not detail and words[0].endswith(":")):
         raise SuppressionError(f"{source}: {text!r} cannot be read; write {_FORM}")
-    lines = re.fullmatch(r"(\d+)(?:-(\d+))?", detail)
+    lines, function = _lines_or_function(path, detail, source)
     return Suppression(
         path=path,
-        lines=(int(lines[1]), int(lines[2] or lines[1])) if lines else None,
-        function=detail if detail and not lines else None,
+        lines=lines,
+        function=function,
         kinds=kinds,
         reason=reason,
         source=source,
         text=text,
     )
+
+
+def _lines_or_function(path: str, detail: str, source: str) -> tuple[tuple[int, int] | None, str | None]:
+    """What stands behind the colon of a path: first and last line, or a glob of a function's name, or nothing."""
+    if not detail:
+        return None, None
+    column = re.search(r":([\d-]+)$", path)  # LINE:COLUMN, as compilers have it
+    lines = re.fullmatch(r"(\d+)(?:-(\d+))?", detail)
+    if column is not None:
+        wrong = f"'{column[1]}:{detail}' is a line with something behind it"
+    elif lines is not None:
+        first, last = int(lines[1]), int(lines[2] or lines[1])
+        if 0 < first <= last:
+            return (first, last), None
+        wrong = f"{detail!r} ends before it begins" if first > last else f"{detail!r} counts from 0, and lines from 1"
+    elif re.fullmatch(r"(?![\d-])[\w.<>*?\[\]!-]+", detail):
+        return None, detail
+    else:
+        wrong = f"{detail!r} is neither lines nor the name of a function"
+    raise SuppressionError(f"{source}: {wrong}; write a line (9), lines (3-9) or a function (step, Model.step, *_step)")
 
 
 _BY = " (suppressed by "

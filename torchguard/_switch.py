@@ -101,9 +101,10 @@ def enable(
     alone, wrong = _config.resolve([arguments])
     wrong += _suppressions.read(alone.suppressions, "suppressions")[1]
     if wrong:
-        raise ValueError(f"torchguard: {wrong[0].rpartition(';')[0] or wrong[0]}")
+        raise ValueError(f"torchguard: {_config.fault_of(wrong[0])}")
     if alone.mode == "off":
-        raise ValueError("torchguard: enable() switches on; to switch off, use torchguard.disable()")
+        modes = ", ".join(_config.MODES)
+        raise ValueError(f"torchguard: enable() takes one of {modes}; to switch off, use torchguard.disable()")
     command_line = _session.layers if _session is not None and _session.origin == "command line" else []
     layers, problems = _surroundings()
     unless_told = Layer("", {"exitcode": 0}) if _session is None or _session.origin == "arguments" else Layer("", {})

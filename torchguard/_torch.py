@@ -3,6 +3,11 @@
 The only module that touches names with a leading underscore inside torch. Each has a reason why no public
 name will do, and each either falls back on something slower or is listed by :func:`missing`, so that the
 guard can say what it does not watch instead of crashing.
+
+But for four that every supported torch has and that are asked at every save: ``tensor._version``, ``tensor._base``,
+``tensor._is_view()`` and ``node._sequence_nr()`` stand where they are needed, as a function around one costs half
+as much again as the look itself (125 and 82 ns). ``tests/test_architecture.py`` holds the list, and that of operators
+whose names are data.
 """
 
 from __future__ import annotations
@@ -37,7 +42,17 @@ else:  # before 2.1
 
     def storage_id(tensor: torch.Tensor) -> int:
         """Identity of the tensor's storage, the same for all its views."""
-        return int(tensor.untyped_storage()._cdata)
+        return identity_of(tensor.untyped_storage())
+
+
+def identity_of(storage: Any) -> int:
+    """Identity of an untyped storage, as :func:`storage_id` tells it of a tensor."""
+    return int(storage._cdata)
+
+
+def untyped(storage: Any) -> Any:
+    """The storage of bytes inside a typed one; any other thing as it is."""
+    return getattr(storage, "_untyped_storage", storage)
 
 
 if hasattr(_C, "_data_address"):
@@ -481,6 +496,12 @@ def saved_variables(node: Any) -> list[tuple[Any, torch.Tensor]] | None:
     return found
 
 
+def saved_result(node: Any) -> torch.Tensor:
+    """The output that a node of an operation like ``exp`` has saved."""
+    result: torch.Tensor = node._saved_result
+    return result
+
+
 def about_to_save(ctx: Any) -> tuple[Any, ...]:
     """What ``ctx.save_for_backward`` was given in a forward that runs still."""
     return getattr(ctx, "to_save", None) or ()
@@ -651,6 +672,12 @@ CALL_IMPL: CodeType | None = (
 )
 
 
+def members_of(module: torch.nn.Module) -> list[Any]:
+    """Parameters, buffers and modules that a module has itself; the public ways go through what users override."""
+    own = vars(module)
+    return [*own["_parameters"].values(), *own["_buffers"].values(), *own["_modules"].values()]
+
+
 # ---- what else is patched ----------------------------------------------------------------------------------
 # ``torch.jit.script`` finds an operator by the id of the Python function: a wrapper has to be entered there.
 
@@ -682,6 +709,12 @@ def where_regions_are_compiled() -> tuple[Any, str] | None:
     module = sys.modules.get("torch._dynamo.output_graph")
     owner = getattr(module, "OutputGraph", None)
     return (owner, "call_user_compiler") if hasattr(owner, "call_user_compiler") else None
+
+
+#: The attribute in which a compiled function keeps tensors whose versions nobody compares.
+COMPILED_STASH = "_tensors_no_vc_check"
+#: What a graph calls to take ``.data``.
+TAKES_DATA = "_get_data_attr"
 
 
 def load_compiler() -> None:
@@ -731,8 +764,16 @@ VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
 
 NN_FUNCTIONS = (torch._C, "_nn")
 
-#: Methods of a storage that write to its bytes, and those that put it into shared memory.
-STORAGE_WRITERS = ("fill_", "copy_", "__setitem__", "_byteswap")
+#: Methods of a storage that write to its bytes, and how a report names them.
+STORAGE_WRITERS = {
+    "fill_": "UntypedStorage.fill_()",
+    "copy_": "UntypedStorage.copy_()",
+    "__setitem__": "storage[i] = v",
+    "_byteswap": "UntypedStorage.byteswap()",
+}
+#: The method behind ``storage[i] = v`` of a typed storage, where this torch has typed ones.
+TYPED_STORAGE_WRITERS = tuple(name for name in ("_setitem",) if hasattr(torch.TypedStorage, name))
+#: Those that put it into shared memory.
 STORAGE_SHARERS = ("_share_fd_cpu_", "_share_filename_cpu_")
 
 #: Everything that makes a DLPack capsule of a tensor.
@@ -762,6 +803,11 @@ def schemas_of(name: str) -> list[Any]:
     """Schemas of the overloads of ``aten::name``; empty where there is no such operator."""
     find = getattr(_C, "_jit_get_schemas_for_operator", None)
     return list(find(f"aten::{name}")) if find is not None else []
+
+
+def schema_of(overload: Any) -> Any:
+    """What an overload of ``torch.ops`` takes, writes to and returns."""
+    return overload._schema
 
 
 def current_backward() -> int:
@@ -972,6 +1018,9 @@ PROCESS_GROUPS: tuple[Any, ...] = tuple(
 
 #: What a collective returns.
 Work: Any = getattr(_c10d, "Work", object)
+
+#: The names of its methods and attributes.
+WORK_NAMES = tuple(name for name in dir(Work) if not name.startswith(("__", "_pybind11")))
 
 _unbox_work: Any = getattr(Work, "unbox", None)
 

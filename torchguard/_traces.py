@@ -86,7 +86,7 @@ class Written:
 
 def _lies_in(held: Any, storage: int) -> bool:
     if isinstance(held, torch.UntypedStorage):
-        return int(held._cdata) == storage
+        return _torch.identity_of(held) == storage
     return held is not None and _memory.storage_of(held) == storage
 
 
@@ -128,7 +128,7 @@ class Traces:
         weak = trace[1]
         storage = None if weak is None else weak.storage()
         if storage is not None:
-            self._by_storage[int(storage._cdata)] = trace
+            self._by_storage[_torch.identity_of(storage)] = trace
             if len(self._by_storage) > self._sweep_at:
                 for key, trace in list(self._by_storage.items()):
                     if trace[1].storage() is None:

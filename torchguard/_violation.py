@@ -105,11 +105,12 @@ would finish with wrong gradients and no error.""",
         unknown_writer="between the Function's forward and its backward",
     ),
     "wrapped": _Wording(
-        "{write} to what a tensor subclass wraps",
+        "{write} inside a nested or wrapping tensor",
         """\
-Autograd saved the wrapper (a DTensor, say); what it wraps was written to, and the version counter of the
-wrapper does not move. Without torchguard, backward() would finish with wrong gradients and no error.""",
-        "do it after backward(), or write to the wrapper by an operation that moves its version counter",
+Autograd saved a tensor that others are inside of: a nested tensor, or a subclass that wraps them (a DTensor,
+say). Those inside were written to, and the version counter of the whole does not move. Without torchguard,
+backward() would finish with wrong gradients and no error.""",
+        "do it after backward(), or write to the whole by an operation that moves its version counter",
         seen=False,
         unknown_writer="between save and read, by a call that is not patched: out=, torch.ops or an extension",
     ),
@@ -199,10 +200,10 @@ class Violation:
             ``"exported"`` (a write from outside torch, to memory that was handed to NumPy, DLPack or another
             process), ``"unchecked"`` (a write that moves the version, where the program's save hooks switch
             PyTorch's check off), ``"stashed"`` (any write, tracked or not, to what PyTorch reads without a look
-            at its version), ``"wrapped"`` (a write to a tensor inside a subclass that wraps others, a DTensor say,
-            which does not move the version of the wrapper), ``"recompute"`` (any write to what a checkpoint reads
-            again), ``"tracked"`` (a write that PyTorch sees and would refuse; only where it is repaired) or
-            ``"invisible"`` (one that only the bytes gave away, where those of every save are kept).
+            at its version), ``"wrapped"`` (a write to what is inside a nested tensor, or a subclass that wraps
+            others, a DTensor say: the version of the whole does not move), ``"recompute"`` (any write to what a
+            checkpoint reads again), ``"tracked"`` (a write that PyTorch sees and would refuse; only where it is
+            repaired) or ``"invisible"`` (one that only the bytes gave away, where those of every save are kept).
         operation: the call that wrote, ``"zero_()"`` say; ``""`` if it was not seen.
         saved: where the tensor was saved for backward, or None if no user code was on the stack.
         aliased: where the alias that was written through was taken, if the guard saw it being taken.

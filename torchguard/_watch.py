@@ -415,7 +415,7 @@ class _Counters:
 
     def __init__(self, storage: Any) -> None:
         self.hold: Any = ref(storage, self._died)
-        self.key = int(storage._cdata)
+        self.key = _torch.identity_of(storage)
         self.counters: list[torch.Tensor] = []
         self.latest: Any = None  # a weak hold on the tensor that was asked last
 
@@ -443,7 +443,7 @@ def _hand_out_storage(below: _Below) -> Route:
 def _enter_counter(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
     if _memory.version_of(tensor) < 0:
         return
-    key = int(storage._cdata)
+    key = _torch.identity_of(storage)
     entry = _counters.get(key)
     if entry is None or entry.hold() is not storage:
         entry = _counters[key] = _Counters(storage)
@@ -467,10 +467,10 @@ def _route_storage(title: str) -> Callable[[_Below], Route]:
 
 
 def _wrote_storage(title: str, storage: Any, frame: Any) -> None:
-    untyped: Any = getattr(storage, "_untyped_storage", storage)
+    untyped: Any = _torch.untyped(storage)
     if not isinstance(untyped, torch.UntypedStorage):
         return
-    entry = _counters.get(int(untyped._cdata))
+    entry = _counters.get(_torch.identity_of(untyped))
     if entry is None or entry.hold() is not untyped or (aside and _policy.state.reasons) or _writes.is_refill(frame):
         return
     with suppress(*_NO_DATA):
@@ -547,11 +547,11 @@ def _prepare() -> list[Patch]:
             if name in vars(owner)
         ]
     storage = torch.UntypedStorage
-    for name in _torch.STORAGE_WRITERS:
-        patches.append(_patch_over(storage, name, getattr(storage, name), _route_storage(f"UntypedStorage.{name}()")))
+    for name, title in _torch.STORAGE_WRITERS.items():
+        patches.append(_patch_over(storage, name, getattr(storage, name), _route_storage(title)))
     typed = torch.TypedStorage
-    if hasattr(typed, "_setitem"):
-        patches.append(_patch_over(typed, "_setitem", typed._setitem, _route_storage("storage[i] = v")))
+    for name in _torch.TYPED_STORAGE_WRITERS:
+        patches.append(_patch_over(typed, name, getattr(typed, name), _route_storage("storage[i] = v")))
     patches.append(_patch_over(torch.Tensor, "untyped_storage", torch.Tensor.untyped_storage, _hand_out_storage))
     patches.append(_patch_over(torch.utils, "swap_tensors", torch.utils.swap_tensors, _swap_tensors))
     patches += [

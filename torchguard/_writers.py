@@ -274,12 +274,12 @@ def writer_of_operator(operator: Any) -> Writer | None:
     # Which overload of a packet will be called is not known, but an ``out`` is told by its keyword (OUT).
     packet = hasattr(operator, "overloads")
     overloads = [getattr(operator, name) for name in operator.overloads()] if packet else [operator]
-    name = str(overloads[0]._schema.name).rpartition("::")[2]
-    if str(overloads[0]._schema.name).partition("::")[0] in _torch.COLLECTIVE_OPERATORS:
-        return _writer_of_collective(overloads[0]._schema)
+    name = str(_torch.schema_of(overloads[0]).name).rpartition("::")[2]
+    if str(_torch.schema_of(overloads[0]).name).partition("::")[0] in _torch.COLLECTIVE_OPERATORS:
+        return _writer_of_collective(_torch.schema_of(overloads[0]))
     written = {argument: position for position, argument in _counterless.UNMARKED.get(name, ())}
     for overload in overloads:
-        for position, argument in enumerate(overload._schema.arguments):
+        for position, argument in enumerate(_torch.schema_of(overload).arguments):
             info = argument.alias_info
             if info is not None and info.is_write and not (packet and argument.kwarg_only and argument.name == "out"):
                 written[argument.name] = position

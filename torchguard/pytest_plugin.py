@@ -29,9 +29,20 @@ if TYPE_CHECKING:
 def _mode(text: str) -> str:
     _, wrong = _config.resolve([Layer("", {"mode": text})])
     if wrong:
-        said = wrong[0].rpartition(";")[0].removeprefix("mode=")
+        said = _config.fault_of(wrong[0]).removeprefix("mode=")
         raise argparse.ArgumentTypeError(f"{said}; a path that follows needs --torchguard=MODE")
     return text
+
+
+def _report(text: str) -> str:
+    _, wrong = _config.resolve([Layer("", {"report": text})])
+    if wrong:
+        raise argparse.ArgumentTypeError(_config.fault_of(wrong[0]).removeprefix("report="))
+    return text
+
+
+#: What a marker may say; the rest is for the whole run.
+_OF_A_TEST = ("mode", "at", "every_call", "suppressions", "max_reports")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,7 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MODE",
         help=f"run the tests under the guard: off, {modes}; without a value as configured elsewhere, or strict",
     )
-    group.addoption("--torchguard-report", metavar="FILE", help="write the violations to FILE")
+    group.addoption(
+        "--torchguard-report",
+        type=_report,
+        metavar="FILE",
+        help=f"write the violations to FILE, which ends in {', '.join(_config.REPORTS)}",
+    )
     parser.addini("torchguard", f"run the tests under the guard: off, {modes}", default=None)
     parser.addini("torchguard_report", "write the violations to this file", default=None)
     parser.addini("torchguard_suppressions", "file with violations to live with", default=None)
@@ -143,6 +159,10 @@ class _Run:
         markers = []
         for marker in item.iter_markers("torchguard"):
             values = dict(marker.kwargs)
+            for name in sorted(values.keys() - _OF_A_TEST):
+                of_the_run = f"{name} is for the whole run; of a test are {', '.join(_OF_A_TEST)}"
+                unknown = f"unknown option {name!r}{_config.nearest(name, _OF_A_TEST)}"
+                return self.config, [f"the marker torchguard: {of_the_run if name in _config.OPTIONS else unknown}"]
             if len(marker.args) > 1:
                 return self.config, ["the marker torchguard takes one mode, and options by name"]
             mode = marker.args[0] if marker.args else values.pop("mode", None)
@@ -150,7 +170,11 @@ class _Run:
         if not markers:
             return self.config, []
         # Of several markers, an outer one names the mode only where none within does.
-        _, wrong = _config.resolve(markers)
+        alone, wrong = _config.resolve(markers)
+        if alone.suppressions is not None:
+            from torchguard import _suppressions
+
+            wrong += _suppressions.read(alone.suppressions, "the marker torchguard: suppressions")[1]
         config, _ = _config.resolve([*markers, *self.layers])
         return config, wrong
 
@@ -237,6 +261,12 @@ class _Run:
             self.absorb(path)
         if self.report is not None:
             self.report.close()
+
+    def note_missing_report(self) -> None:
+        """A report was asked for on the command line, and nothing that would write it was switched on."""
+        asked = self.pytest_config.getoption("torchguard_report")
+        if asked is not None and not self.on and self.pytest_config.getoption("torchguard") is None:
+            self.problem(f"--torchguard-report: {asked} is not written: no test ran under the guard; add --torchguard")
 
     def problem(self, line: str) -> None:
         """Keep what is to be told at the end, once."""
@@ -325,24 +355,42 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """A marker that cannot be understood fails its test."""
     wrong = item.stash.get(_WRONG, None)
     if wrong is not None:
-        pytest.fail(f"torchguard: {wrong.partition('; not switched on')[0].partition('; ignored')[0]}", pytrace=False)
+        pytest.fail(f"torchguard: {_config.fault_of(wrong)}", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Attach what was heard; show the test's own frames where the guard refused."""
     run = item.config.stash[_RUN]
-    if run.on and call.excinfo is not None and type(call.excinfo.value).__name__ == "SavedTensorCorruptionError":
-        from torchguard import _tracebacks
-
-        error = call.excinfo.value
-        shown = _tracebacks.of_program(error, error.__traceback__)
-        if shown is not None:
-            call.excinfo = pytest.ExceptionInfo.from_exception(error.with_traceback(shown))
+    if run.on and call.excinfo is not None:
+        call.excinfo = _without_our_frames(call.excinfo)
     report = yield
     if run.heard:
         report.torchguard = run.take_heard()
     return report
+
+
+def _without_our_frames(info: pytest.ExceptionInfo[BaseException]) -> pytest.ExceptionInfo[BaseException]:
+    error = info.value
+    if type(error).__name__ == "SavedTensorCorruptionError":
+        from torchguard import _tracebacks
+
+        shown = _tracebacks.of_program(error, error.__traceback__)
+        if shown is not None:
+            return pytest.ExceptionInfo.from_exception(error.with_traceback(shown))
+    return info
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """The same for what test modules do when they are imported."""
+    show: Any = collector.repr_failure
+    if collector.config.stash[_RUN].on:
+        collector.repr_failure = lambda excinfo: show(_without_our_frames(excinfo))  # type: ignore[method-assign]
+    try:
+        return (yield)
+    finally:
+        vars(collector).pop("repr_failure", None)
 
 
 @pytest.fixture
@@ -402,6 +450,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Each violation once, with the tests that hit it; suppressions that match nothing any more."""
     run = config.stash[_RUN]
+    run.note_missing_report()
     found = [site for site in run.sites.values() if site.violation.allowed is None]
     stale = _stale(run) if run.on else []
     if not (found or stale or run.problems):

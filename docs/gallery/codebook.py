@@ -4,6 +4,8 @@ Vector quantisation moves its code vectors towards what it has just seen, in for
 gradient goes through the distances that is harmless; where one does (a loss on the distances, codes that are sampled),
 backward reads the moved vectors. In vector-quantize-pytorch 1.32.0 this happens with
 `commitment_use_cross_entropy_loss=True`, and with `straight_through=True` ([other people's code](others.md)).
+
+Upstream: we know no report.
 """
 
 import torch

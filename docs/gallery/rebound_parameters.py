@@ -2,6 +2,9 @@
 
 `p.data = ...` writes nothing: it makes the very tensor that autograd saved point to other memory. No counter moves, and
 backward reads the new values.
+
+Upstream: of this function we know no report; [pytorch#30987](https://github.com/pytorch/pytorch/issues/30987) (open)
+wants `.data` removed.
 """
 
 import torch

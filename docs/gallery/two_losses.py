@@ -2,6 +2,9 @@
 
 Actor and critic share a body. The body's weights are updated through `.data` after the first backward, and the second
 backward reads them. With `torch.optim.SGD` PyTorch refuses this; with a hand-written update it does not notice.
+
+Upstream: [pytorch#5396](https://github.com/pytorch/pytorch/issues/5396) asked in 2018 that `.data` share the counter,
+[pytorch#30987](https://github.com/pytorch/pytorch/issues/30987) (open) that it go.
 """
 
 import torch

@@ -1,6 +1,9 @@
 """A WGAN clips its critic between forward and backward
 
 The clip belongs after the optimiser's step. One line too early, it rewrites the weights that backward is about to read.
+
+Upstream: a mistake of the program's; [pytorch#6990](https://github.com/pytorch/pytorch/issues/6990) explains why
+`.detach()` would have had it refused.
 """
 
 import torch

@@ -30,7 +30,10 @@ _RULES = {
         "A saved tensor is written to under save hooks, where PyTorch compares no versions.",
     ),
     "stashed": ("stashed-write", "A tensor that a compiled Function stashed on its ctx is written to."),
-    "wrapped": ("wrapped-write", "What a saved tensor subclass wraps, a DTensor say, is written to below autograd."),
+    "wrapped": (
+        "wrapped-write",
+        "What is inside a saved tensor, a nested one or a DTensor, is written to below autograd.",
+    ),
     "tracked": ("tracked-write", "A saved tensor is written to in sight of autograd; PyTorch would refuse to use it."),
     "refused": ("refused-write", "A saved tensor was written to through .data; PyTorch's own check refuses it."),
     "invisible": ("invisible-write", "A saved tensor was written to by code that no Python sees."),
