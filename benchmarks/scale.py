@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.instructions import count_steps
+from benchmarks.instructions import PYTHON_ALONE, count_steps
 from benchmarks.modes import MODES
 from torchguard._aliases import ALIASES
 from torchguard._saves import LEDGER
@@ -75,7 +76,10 @@ def costs(mode: str, number: int) -> dict[str, float]:
 
 
 def steps(mode: str, number: int) -> dict[str, float]:
-    """The same, counted: bytecode instructions of torchguard and calls from there, whatever the machine's load."""
+    """The same, counted: bytecode instructions of torchguard and calls from there, whatever the machine's load.
+
+    (Of a process without the part in C, where :func:`ask` makes it: that has no bytecode to count.)
+    """
     with MODES[mode]():
         calls, kept = _calls(number)
         found = {}
@@ -133,8 +137,9 @@ QUESTIONS: dict[str, Callable[[str, int], dict[str, Any]]] = {
 def ask(question: str, mode: str, number: int, seconds: float) -> dict[str, Any]:
     """The answer of a process of its own; what went wrong under ``"error"``."""
     command = [sys.executable, "-m", "benchmarks.scale", question, mode, str(number)]
+    environment = {**os.environ, **(PYTHON_ALONE if question == "steps" else {})}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True, env=environment)
     except subprocess.TimeoutExpired:
         return {"error": f"more than {seconds:.0f} s"}
     except subprocess.CalledProcessError as error:
