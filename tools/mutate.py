@@ -62,6 +62,11 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
     "_writers": (("tests/test_writers.py", 1000), (_CATALOGUE, 300), (_KEPT, 100)),
     "_rehearsal": (
         ("tests/test_guard.py", 1000),
+        ("tests/test_distributed.py::test_a_", 1000),
+        ("tests/test_transparency_training.py#drawn", 20),
+        (f"{_CATALOGUE}#complex", 100),
+        (f"{_CATALOGUE}#foreach_copies", 10),
+        (f"{_CATALOGUE}#foreach_reads", 10),
         ("tests/test_transparency_tensors.py", 60),
         (_CATALOGUE, 300),
         (_KEPT, 100),
@@ -424,6 +429,9 @@ class Plugin:
     def __init__(self, work: Callable[[list[Any]], Any]) -> None:
         self._work = work
         self.result: Any = None
+
+    def pytest_configure(self, config: Any) -> None:
+        config.addinivalue_line("markers", "timeout: of the plugin that is left out")
 
     def pytest_runtestloop(self, session: Any) -> bool:
         if session.testsfailed:
