@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchguard import Guard, SavedTensorCorruptionError, SavedTensorCorruptionWarning, strict, warn
+from torchguard import Guard, SavedTensorCorruptionError, SavedTensorCorruptionWarning, _policy, strict, warn, watch
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -29,6 +29,19 @@ def leaf() -> torch.Tensor:
 def corrupt() -> None:
     y = leaf().exp()
     y.data.zero_()
+
+
+def test_who_answers_and_who_is_handed_on_to_a_thread() -> None:
+    assert _policy.innermost() is None
+    with watch() as outer:
+        assert _policy.innermost() is outer
+        assert _policy.inherited() == []  # it has nothing in any thread
+        with strict() as inner:
+            assert _policy.innermost() is inner
+            assert _policy.inherited() == [outer, inner]
+        assert _policy.innermost_of_depth("watch") is outer
+        assert _policy.innermost_of_depth("saves") is None
+    assert _policy.innermost() is None
 
 
 def outcome() -> str:

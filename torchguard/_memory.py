@@ -164,9 +164,7 @@ def _extent(tensor: torch.Tensor) -> int:
 def _stretch(tensor: torch.Tensor) -> torch.Tensor:
     """All memory from the tensor's first to its last element, gaps included, as one contiguous dimension."""
     tensor = _torch.behind(tensor)
-    # As it lies there, neither conjugated nor negated.
-    tensor = tensor.conj() if tensor.is_conj() else tensor
-    tensor = torch._neg_view(tensor) if tensor.is_neg() else tensor
+    tensor = _torch.as_lazy_as(tensor, tensor)  # as it lies there, neither conjugated nor negated
     return tensor.detach().as_strided((_extent(tensor),), (1,))
 
 
@@ -221,9 +219,7 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
         for given, tensor, reach in zip(group, inner, reaches, strict=True):
             offset = (reach.start - low) // tensor.element_size()
             replica = over(memory, tensor.dtype, offset, tensor.shape, tensor.stride())
-            replica = replica.conj() if tensor.is_conj() else replica
-            replica = torch._neg_view(replica) if tensor.is_neg() else replica
-            replicas[id(given)] = _torch.wrapped_like(given, replica)
+            replicas[id(given)] = _torch.wrapped_like(given, _torch.as_lazy_as(tensor, replica))
     return replicas
 
 
