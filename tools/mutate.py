@@ -417,10 +417,11 @@ def _run_until_one_fails(items: Sequence[Any]) -> str | None:
     return None
 
 
-def _chosen(items: list[Any], module: str, seed: int) -> list[Any]:
+def _chosen(items: list[Any], module: str, seed: int, of_each: int | None) -> list[Any]:
     """Those of the collected tests that are asked for, at most so many of each kind."""
     chosen: list[Any] = []
     for tests, most in TESTS[module]:
+        most = most if of_each is None else min(most, of_each)
         prefix, _, part = tests.partition("#")
         here = [
             item
@@ -507,6 +508,7 @@ class Module:
         self.path = ROOT / "torchguard" / f"{name}.py"
         self.source = self.path.read_text(encoding="utf-8")
         self._seed, self._budget, self._verbose = options.seed, options.budget, options.verbose
+        self._most = options.most
         self._scratch = scratch
         self._kills: Counter[str] = Counter()
         self._files = sorted({prefix.partition("::")[0] for prefix, _ in TESTS[name]})
@@ -538,7 +540,7 @@ class Module:
         def work(items: list[Any]) -> tuple[Reach, list[Result]]:
             sys.settrace(None)
             threading.settrace(None)
-            chosen = {item.nodeid: item for item in _chosen(items, self.name, self._seed)}
+            chosen = {item.nodeid: item for item in _chosen(items, self.name, self._seed, self._most)}
             functions = Functions(self.path)
             gc.collect()
             gc.freeze()  # a child is to copy few pages
@@ -681,6 +683,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=None, metavar="N", help="no more than N mutants of each module")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default 0)")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests for each mutant (default 20)")
+    parser.add_argument("--most", type=int, default=None, metavar="N", help="no more than N tests of each kind")
     parser.add_argument("--only", default=None, metavar="TEXT", help="mutants whose name has TEXT in it")
     parser.add_argument("--again", action="store_true", help="those that survived the last time")
     parser.add_argument("--list", action="store_true", help="only name the mutants")
