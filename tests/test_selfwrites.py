@@ -172,7 +172,9 @@ def test_the_report_names_the_call_the_alias_and_the_line() -> None:
         c = h.data
         c.add_(torch.zeros(2, 2, requires_grad=True))  # part of a graph now, and nothing is saved for it
         c.mul_(h)
-        c.sum().backward()
+        out = c.sum()
+        del c  # what was known of it must not depend on it
+        out.backward()
     (violation,) = guard.violations
     assert violation.written is not None
     assert violation.written.source == "c.mul_(h)"
@@ -211,6 +213,19 @@ def test_what_was_saved_before_the_call_is_judged_by_the_call() -> None:
     with torchguard.strict(), pytest.raises(RuntimeError) as guarded:
         run()
     assert (guarded.type, str(guarded.value)) == (plain.type, str(plain.value))
+
+
+def test_what_was_saved_before_the_call_is_told_once() -> None:
+    with torchguard.Guard("record") as guard:
+        _, h = output()
+        y = h.exp()
+        c = y.data
+        c.add_(torch.zeros(2, 2, requires_grad=True))  # part of a graph now, and no byte changes
+        c.mul_(y.data)
+        y.sum().backward()
+        assert [(violation.saved_by, violation.caught) for violation in guard.violations] == [("exp", "write")]
+        c.sum().backward()
+        assert [violation.caught for violation in guard.violations] == ["write", "read"]
 
 
 @pytest.mark.parametrize("of", [0, 1])
