@@ -223,9 +223,14 @@ def test_what_was_saved_before_the_call_is_told_once() -> None:
         c.add_(torch.zeros(2, 2, requires_grad=True))  # part of a graph now, and no byte changes
         c.mul_(y.data)
         y.sum().backward()
-        assert [(violation.saved_by, violation.caught) for violation in guard.violations] == [("exp", "write")]
-        c.sum().backward()
-        assert [violation.caught for violation in guard.violations] == ["write", "read"]
+        assert [(violation.saved_by, violation.times) for violation in guard.violations] == [("exp", 1)]
+        out = c.sum()
+        del c
+        out.backward()
+    assert [(violation.caught, violation.times) for violation in guard.violations] == [("write", 1), ("read", 1)]
+    assert [violation.saved_by for violation in guard.violations] == ["exp", "mul_"]
+    aliases = [violation.aliased for violation in guard.violations]
+    assert [alias and alias.source for alias in aliases] == ["c = y.data"] * 2
 
 
 @pytest.mark.parametrize("of", [0, 1])
