@@ -112,6 +112,21 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         ("tests/test_repair.py", 1000),
         (_CATALOGUE, 60),
     ),
+    "_packing": (
+        ("tests/test_guard.py", 1000),
+        ("tests/test_hook_composition.py", 200),
+        ("tests/test_refusals.py", 200),
+        (_CATALOGUE, 300),
+        (_KEPT, 100),
+    ),
+    "_saves": (
+        ("tests/test_guard.py", 1000),
+        ("tests/test_at_read.py", 1000),
+        ("tests/test_repair.py", 300),
+        ("tests/test_audit.py", 300),
+        (_CATALOGUE, 300),
+        (_KEPT, 100),
+    ),
     "_refusal": (
         ("tests/test_refusals.py", 400),
         ("tests/test_guard.py", 1000),
