@@ -45,6 +45,23 @@ def test_who_answers_and_who_is_handed_on_to_a_thread() -> None:
     assert [_policy.is_watch(guard) for guard in (None, outer, inner)] == [False, True, False]
 
 
+def test_a_guard_of_one_thread_and_one_of_all() -> None:
+    one, everywhere = Guard("record"), Guard("record")
+    _policy.enter(one)
+    _policy.enter(everywhere, everywhere=True)
+    try:
+        assert (_policy.state.guards, _policy.process_wide, _policy.entered) == ([one], [everywhere], [one, everywhere])
+        assert _policy.innermost() is one
+        assert run(_policy.innermost) is everywhere
+        assert _policy.inherited() == [everywhere, one]
+    finally:
+        _policy.leave(one)
+        assert _policy.innermost() is everywhere
+        _policy.leave(everywhere)
+        _policy.leave(everywhere)  # it has been left: nothing to be done
+    assert (_policy.state.guards, _policy.process_wide, _policy.entered) == ([], [], [])
+
+
 def test_somebody_else_answers_for_a_block() -> None:
     other = Guard("record")
     with strict() as guard:
