@@ -225,7 +225,8 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
 
 def can_be_copied(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether a copy (see :func:`replicas_of`) would be such a tensor as each of these is."""
-    return not any(tensor.is_quantized or _torch.parts_of(tensor) for tensor in tensors)
+    with _torch.no_torch_function():
+        return not any(tensor.is_quantized or _torch.parts_of(tensor) for tensor in tensors)
 
 
 #: No element type is wider.
