@@ -655,3 +655,36 @@ def test_what_draws_nothing_puts_nothing_back() -> None:
         first, own = torch.rand(3), torch.rand(3, generator=generator)
     assert not torch.equal(torch.rand(3), first)
     assert not torch.equal(torch.rand(3, generator=generator), own)
+
+
+def test_same_bytes_of_what_reads_otherwise_than_it_lies() -> None:
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    for lazy in (z.conj(), z.conj().imag):
+        plain = lazy.resolve_conj().resolve_neg()
+        as_it_lies = z if lazy.is_complex() else z.imag
+        for a, b in ((lazy, plain), (plain, lazy), (lazy, lazy), (as_it_lies, as_it_lies.clone())):
+            assert same_bytes(a, b)
+        for a, b in ((lazy, as_it_lies), (as_it_lies, lazy)):
+            assert not same_bytes(a, b)
+
+
+def test_what_lies_between_the_elements_is_not_written_over() -> None:
+    base = torch.zeros(4, 6)
+    part = base[:, 1:3]
+    replica = replicas_of([part])[id(part)]
+    replica.fill_(1)
+    base[0, 4] = 5  # since the copy was made
+    _memory.overwrite(part, replica)
+    expected = torch.zeros(4, 6)
+    expected[:, 1:3] = 1
+    expected[0, 4] = 5
+    assert torch.equal(base, expected)
+
+
+def test_elements_that_lie_over_each_other_are_written_over() -> None:
+    base = torch.zeros(6)
+    part = base[::2].expand(4, 3)
+    replica = replicas_of([part])[id(part)]
+    replica[0] = torch.tensor([1.0, 2.0, 3.0])
+    _memory.overwrite(part, replica)
+    assert base.tolist() == [1, 0, 2, 0, 3, 0]

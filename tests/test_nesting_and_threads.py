@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from torchguard import Guard, SavedTensorCorruptionError, SavedTensorCorruptionWarning, _policy, allow, strict, warn, watch
+from torchguard import (
+    Guard,
+    SavedTensorCorruptionError,
+    SavedTensorCorruptionWarning,
+    _policy,
+    allow,
+    strict,
+    warn,
+    watch,
+)
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
