@@ -244,6 +244,23 @@ def test_sharing_is_what_a_tracked_write_shows(source: str, alias: str) -> None:
     assert back is truth
 
 
+def test_sharing_inside_a_transform_is_what_a_tracked_write_shows() -> None:
+    told: list[tuple[bool, bool]] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        for make in (torch.detach, lambda y: y.data, torch.clone, lambda y: y[0]):
+            y = x * 2
+            alias, version = make(y), y._version
+            answer = shares_counter(alias, y)
+            assert y._version == version
+            alias.add_(0)
+            told.append((answer, y._version != version))
+        return x.sum()
+
+    torch.func.grad(look)(torch.ones(3))
+    assert [answer for answer, _ in told] == [truth for _, truth in told] == [True, False, False, True]
+
+
 def test_the_probe_leaves_no_trace_in_autograd() -> None:
     a = torch.ones(3, requires_grad=True)
     out = a.sigmoid()
@@ -499,7 +516,9 @@ def test_readable_is_what_the_storage_reaches() -> None:
     whole, part, nothing = base[:], base[1:3], base[6:6]
     base.untyped_storage().resize_(12)  # three elements
     assert not _memory.readable(whole)
+    assert _memory.parts_of(whole) == []
     assert _memory.readable(part)
+    assert len(_memory.parts_of(part)) == 1
     assert _memory.readable(nothing)
     base.untyped_storage().resize_(11)
     assert not _memory.readable(part)
