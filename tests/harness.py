@@ -312,6 +312,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_quantized:  # torch crashes on a view of these as bytes
+        tensor = tensor.int_repr()
     return _plain(tensor).reshape(-1).view(torch.uint8)
 
 

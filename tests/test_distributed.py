@@ -15,6 +15,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from torch.testing._internal.two_tensor import TwoTensor
 
 import torchguard
 from torchguard import SavedTensorCorruptionError, SavedTensorCorruptionWarning, _collectives, _torch
@@ -260,6 +261,49 @@ def test_a_dropped_work_keeps_nothing_alive() -> None:
         dist.barrier()
         del y
         assert hold() is None
+
+
+#: What a collective writes to beside a save; of a wrapper's memory the guard can make no copy.
+BESIDE: dict[str, Callable[[], torch.Tensor]] = {
+    "plain": lambda: torch.ones(3),
+    "negated": lambda: torch._neg_view(torch.ones(3)),
+    "wrapper": lambda: TwoTensor(torch.ones(3), torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("corrupting", [True, False])
+@pytest.mark.parametrize("name", ["allgather_into_tensor", "reduce_scatter_tensor", "allgather"])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_collective_that_writes_to_more_than_a_save(group: Any, beside: str, name: str, corrupting: bool) -> None:
+    def run(write: bool = True) -> list[torch.Tensor]:
+        x, y = saved()
+        source = torch.zeros(3) if corrupting else y.detach().clone()
+        other = BESIDE[beside]()
+        outputs: Any = [y.data, other]
+        if write:
+            outputs = [outputs] if name == "allgather" else outputs
+            getattr(group, f"{name}_coalesced")(outputs, [source, torch.zeros(3)]).wait()
+        y.sum().backward()
+        assert x.grad is not None
+        inside = [other.a, other.b] if isinstance(other, TwoTensor) else [other]
+        return [x.grad, y.detach(), torch.tensor(other._version), *(part.resolve_neg() for part in inside)]
+
+    plain, truth = run(), run(write=False)
+    assert torch.equal(plain[0], truth[0]) is not corrupting
+    with torchguard.Guard("record") as guard:
+        found = run()
+    assert all(map(torch.equal, found, plain))
+    assert bool(guard.violations) is corrupting
+
+
+@pytest.mark.parametrize("corrupting", [True, False])
+def test_a_collective_is_given_its_keywords(group: Any, corrupting: bool) -> None:
+    with torchguard.Guard("record") as guard:
+        _, y = saved()
+        source = torch.zeros(3) if corrupting else y.detach().clone()
+        group.scatter(output_tensor=y.data, input_tensors=[source], root=0).wait()
+        assert torch.equal(y, source)
+    assert [violation.operation for violation in guard.violations] == ["scatter()"] * corrupting
 
 
 @pytest.mark.usefixtures("group")

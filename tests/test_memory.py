@@ -17,7 +17,6 @@ from torchguard import _memory
 from torchguard._memory import (
     changed_bytes,
     describe,
-    reach,
     replicas_of,
     same_bytes,
     shares_counter,
@@ -245,6 +244,23 @@ def test_sharing_is_what_a_tracked_write_shows(source: str, alias: str) -> None:
     assert back is truth
 
 
+def test_sharing_inside_a_transform_is_what_a_tracked_write_shows() -> None:
+    told: list[tuple[bool, bool]] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        for make in (torch.detach, lambda y: y.data, torch.clone, lambda y: y[0]):
+            y = x * 2
+            alias, version = make(y), y._version
+            answer = shares_counter(alias, y)
+            assert y._version == version
+            alias.add_(0)
+            told.append((answer, y._version != version))
+        return x.sum()
+
+    torch.func.grad(look)(torch.ones(3))
+    assert [answer for answer, _ in told] == [truth for _, truth in told] == [True, False, False, True]
+
+
 def test_the_probe_leaves_no_trace_in_autograd() -> None:
     a = torch.ones(3, requires_grad=True)
     out = a.sigmoid()
@@ -305,7 +321,6 @@ def test_an_empty_tensor_has_an_empty_replica_that_nothing_can_change(shape: tup
     assert replica.shape == tensor.shape
     replica.fill_(1)
     assert not changed_bytes(tensor, replica).any()
-    assert not reach(tensor).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -394,17 +409,28 @@ def test_gaps_between_elements_do_not_count() -> None:
     assert touched_elements(changed_bytes(column, replica), span.address, other) == 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.complex64], ids=str)
-def test_reach_is_every_byte_of_the_elements_and_no_other(layout: str, dtype: torch.dtype) -> None:
-    tensor = LAYOUTS[layout](filled(dtype))
-    span = span_of(tensor)
+@pytest.mark.parametrize(
+    "view", [torch.conj, lambda z: z.conj().imag, lambda z: z.conj().real], ids=["conj", "neg", "real"]
+)
+def test_a_replica_of_a_lazy_view_is_one(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    base = torch.tensor([1 + 2j, 3 - 4j, 0 + 5j])
+    tensor = view(base)
+    replicas = replicas_of([tensor], [base])
+    replica, whole = replicas[id(tensor)], replicas[id(base)]
+    assert (replica.is_conj(), replica.is_neg()) == (tensor.is_conj(), tensor.is_neg())
+    assert torch.equal(replica, tensor)
+    assert not changed_bytes(tensor, replica).any()
+    replica[1] = 7
+    assert torch.equal(view(whole), replica)  # they share the copy
+    differs = (torch.view_as_real(whole) != torch.view_as_real(base)).any(-1)
+    assert differs.tolist() == [False, True, False]
+    span = span_of(base)
+    here = span_of(tensor)
     assert span is not None
-    truth = set()
-    for index in product(*map(range, span.sizes)):
-        first = sum(i * stride for i, stride in zip(index, span.strides, strict=True))
-        truth |= set(range(first, first + span.itemsize))
-    assert set(reach(tensor).nonzero().flatten().tolist()) == truth
+    assert here is not None
+    assert touched_elements(changed_bytes(tensor, replica), here.address, span) == 1
+    _memory.overwrite(tensor, replica)
+    assert torch.equal(base, whole)
 
 
 def test_same_bytes_is_about_bits() -> None:
@@ -419,3 +445,265 @@ def test_same_bytes_is_about_bits() -> None:
     assert same_bytes(torch.arange(6.0).reshape(2, 3).t(), torch.arange(6.0).reshape(2, 3).t().contiguous())
     assert same_bytes(torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.complex64))
     assert same_bytes(torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
+
+
+# ---- counters without memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", [kind for kind in STRIDED if kind != "inference"])
+def test_a_counter_keeps_no_memory_and_moves_with_its_tensor(kind: str, grad: bool) -> None:
+    tensor = STRIDED[kind]()
+    with torch.set_grad_enabled(grad):
+        counter = _memory.counter_of(tensor)
+    assert (counter.numel(), counter.untyped_storage().nbytes(), counter.requires_grad) == (0, 0, False)
+    assert shares_counter(counter, tensor)
+    version = tensor._version
+    torch.autograd.graph.increment_version(tensor)
+    assert (tensor._version, counter._version) == (version + 1, version + 1)
+    other = torch.ones_like(tensor)
+    both = _memory.with_counter(counter, other)
+    torch.autograd.graph.increment_version(both)
+    assert tensor._version == version + 2
+    assert storage_of(both) == storage_of(other) != storage_of(tensor)
+    assert counter.numel() == 0
+
+
+def test_a_counter_of_a_subclass_is_made_without_its_code() -> None:
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+            raise AssertionError("called")
+
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor = torch.ones(3).as_subclass(Loud)
+    with torch.no_grad():
+        counter = _memory.counter_of(tensor)
+    torch.autograd.graph.increment_version(counter)
+    assert version_of(tensor) == version_of(counter) == 1
+
+
+# ---- what there is in memory ---------------------------------------------------------------------------------------
+
+
+def test_the_tensors_in_a_value() -> None:
+    a, b, c, d = (torch.zeros(1) for _ in range(4))
+    found = list(_memory.tensors_in([a, (b, 3, None), {"x": [c], "y": {"z": d}}, "text", {a.dtype}]))
+    assert [id(tensor) for tensor in found] == [id(a), id(b), id(c), id(d)]
+    assert list(_memory.tensors_in(5)) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_which_tensors_have_memory_and_which_are_empty() -> None:
+    for kind, make in STRIDED.items():
+        assert _memory.has_memory(make()), kind
+        assert _memory.is_empty(make()) is (kind == "empty view"), kind
+        assert _memory.readable(make()), kind
+    for kind, make in WITHOUT_MEMORY.items():
+        assert not _memory.has_memory(make()), kind
+        assert _memory.is_empty(make()) is (kind == "empty"), kind
+        assert _memory.readable(make()) is (kind in ("empty", "meta", "fake")), kind
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    assert not _memory.has_memory(nested)
+    assert not _memory.is_empty(nested)
+    assert not _memory.is_empty(torch.zeros(0, device="meta"))
+    assert not _memory.is_empty(torch.zeros(0, 3).to_sparse())
+
+
+def test_readable_is_what_the_storage_reaches() -> None:
+    base = torch.zeros(6)
+    whole, part, nothing = base[:], base[1:3], base[6:6]
+    base.untyped_storage().resize_(12)  # three elements
+    assert not _memory.readable(whole)
+    assert _memory.parts_of(whole) == []
+    assert _memory.readable(part)
+    assert len(_memory.parts_of(part)) == 1
+    assert _memory.readable(nothing)
+    base.untyped_storage().resize_(11)
+    assert not _memory.readable(part)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.complex64], ids=str)
+def test_the_stretch_of_a_tensor_in_its_storage(layout: str, dtype: torch.dtype) -> None:
+    tensor = LAYOUTS[layout](filled(dtype))
+    span = span_of(tensor)
+    assert span is not None
+    start = span.address - tensor.untyped_storage().data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(span.sizes, span.strides, strict=True))
+    assert _memory.stretch_in_storage(tensor) == (start, start + last + span.itemsize)
+    assert _memory.end_in_storage(tensor) == start + last + span.itemsize
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_stretch_of_what_has_no_strides() -> None:
+    base = torch.zeros(6)
+    assert _memory.stretch_in_storage(base[2:2]) == (8, 8)
+    assert _memory.end_in_storage(base[2:2]) == 0
+    assert _memory.stretch_in_storage(torch.eye(3).to_sparse()) is None
+    assert _memory.stretch_in_storage(torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])) is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contents_are_the_bytes_of_the_elements_in_order(layout: str, dtype: torch.dtype) -> None:
+    tensor = LAYOUTS[layout](filled(dtype))
+    contents = _memory.contents_of(tensor)
+    assert contents.dtype == torch.uint8
+    assert contents.shape == (tensor.numel() * tensor.element_size(),)
+    assert torch.equal(contents.view(dtype), tensor.reshape(-1))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_contents_of_what_reads_otherwise_than_it_lies() -> None:
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    assert torch.equal(_memory.contents_of(z.conj()).view(z.dtype), torch.tensor([1 - 2j, 3 + 4j]))
+    assert torch.equal(_memory.contents_of(z.conj().imag).view(torch.float32), torch.tensor([-2.0, 4.0]))
+    assert _memory.contents_of(torch.quantize_per_tensor(torch.ones(2), 0.5, 3, torch.qint8)).tolist() == [5, 5]
+    assert not _memory.can_be_copied([z, torch.quantize_per_tensor(torch.ones(2), 0.5, 3, torch.qint8)])
+    assert _memory.can_be_copied([z.conj(), z.conj().imag, torch.ones(2)])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_parts_of_a_tensor() -> None:
+    dense = torch.arange(3.0)
+    (part,) = _memory.parts_of(dense)
+    assert part is dense
+    sparse = torch.eye(3).to_sparse()
+    parts = _memory.parts_of(sparse)
+    assert {storage_of(part) for part in parts} == {storage_of(sparse._indices()), storage_of(sparse._values())}
+    assert _memory.parts_of(_freed()) == []
+    assert _memory.parts_of(torch.zeros(3, device="meta")) == []
+    assert _memory.same_parts(parts, _memory.parts_of(torch.eye(3).to_sparse()))
+    assert not _memory.same_parts(parts, _memory.parts_of((torch.eye(3) * 2).to_sparse()))
+    assert not _memory.same_parts(parts, parts[:1])
+    assert _memory.same_parts([], [])
+
+
+# ---- what differs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_differing_elements_are_those_whose_bits_differ(layout: str, dtype: torch.dtype) -> None:
+    tensor = LAYOUTS[layout](filled(dtype))
+    other = tensor.clone(memory_format=torch.contiguous_format)
+    assert not _memory.differing_elements(tensor, other).any()
+    assert _memory.changed_elements(tensor, other) == 0
+    flat = other.view(-1)
+    flat[-1] = not flat[-1] if dtype == torch.bool else flat[-1] + 1
+    assert _memory.differing_elements(tensor, other).nonzero().flatten().tolist() == [tensor.numel() - 1]
+    assert _memory.changed_elements(tensor, other) == 1
+    assert _memory.largest_difference(tensor, other) == 1.0
+
+
+def test_what_cannot_be_compared_counts_as_changed() -> None:
+    tensor = torch.zeros(2, 3)
+    assert _memory.changed_elements(tensor, None) == 6
+    for proof in (torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int32)):
+        assert _memory.changed_elements(tensor, proof) == 6
+        assert _memory.largest_difference(tensor, proof) is None
+    freed = _freed()
+    assert _memory.changed_elements(freed, torch.zeros(4)) == 4
+    assert _memory.largest_difference(freed, torch.zeros(4)) is None
+    assert _memory.differing_elements(torch.zeros(0), torch.zeros(0)).shape == (0,)
+    assert _memory.largest_difference(torch.zeros(0), torch.zeros(0)) == 0.0
+
+
+def test_the_largest_difference() -> None:
+    nan, inf = float("nan"), float("inf")
+
+    def difference(a: list[Any], b: list[Any], dtype: torch.dtype = torch.float32) -> float | None:
+        return _memory.largest_difference(torch.tensor(a, dtype=dtype), torch.tensor(b, dtype=dtype))
+
+    assert difference([1.0, 5.0, 2.0], [1.0, 2.0, 4.0]) == 3.0
+    assert difference([0.0, inf], [-0.0, inf]) == 0.0
+    assert difference([0.0, 2.0], [-0.0, 1.0]) == 1.0
+    assert difference([inf], [1.0]) == inf
+    assert str(difference([nan, 1.0], [2.0, 1.0])) == "nan"
+    assert difference([nan], [nan]) == 0.0
+    assert difference([3 + 4j, 1j], [0j, 1j], torch.complex64) == 5.0
+    assert difference([2**60 + 2**10, 1], [2**60, 1], torch.int64) == 2.0**10
+    assert difference([True], [False], torch.bool) == 1.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_within_by_brute_force(data: Any) -> None:
+    base = torch.zeros(24)
+    tensor = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](base.view(4, 6))
+    picked = torch.tensor(data.draw(st.lists(st.booleans(), min_size=tensor.numel(), max_size=tensor.numel())))
+    offsets = torch.arange(24).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).reshape(-1)
+    window = base[data.draw(st.integers(0, 23)) :: data.draw(st.integers(1, 5))]
+    reached = torch.arange(24).as_strided(window.shape, window.stride(), window.storage_offset()).tolist()
+    span = span_of(window)
+    assert span is not None
+    truth = any(offset in reached for offset in offsets[picked].tolist())
+    assert _memory.any_within(tensor, picked, span) is truth
+
+
+def test_nothing_without_memory_lies_within() -> None:
+    span = span_of(torch.zeros(3))
+    assert span is not None
+    assert not _memory.any_within(torch.zeros(3, device="meta"), torch.ones(3, dtype=torch.bool), span)
+
+
+# ---- random numbers -------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_are_drawn_again() -> None:
+    generator, unused = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    x = torch.zeros(2)
+    with _memory.same_random_numbers([x], ["text", generator, x]):
+        first, own = torch.rand(3), torch.rand(3, generator=generator)
+        other = torch.rand(3, generator=unused)
+    assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.rand(3, generator=generator), own)
+    assert not torch.equal(torch.rand(3, generator=unused), other)
+    with pytest.raises(ValueError, match="in between"), _memory.same_random_numbers([x], [generator]):
+        first, own = torch.rand(3), torch.rand(3, generator=generator)
+        raise ValueError("in between")
+    assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.rand(3, generator=generator), own)
+
+
+def test_what_draws_nothing_puts_nothing_back() -> None:
+    generator = torch.Generator().manual_seed(1)
+    with _memory.same_random_numbers([], [generator]):
+        first, own = torch.rand(3), torch.rand(3, generator=generator)
+    assert not torch.equal(torch.rand(3), first)
+    assert not torch.equal(torch.rand(3, generator=generator), own)
+
+
+def test_same_bytes_of_what_reads_otherwise_than_it_lies() -> None:
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    for lazy in (z.conj(), z.conj().imag):
+        plain = lazy.resolve_conj().resolve_neg()
+        as_it_lies = z if lazy.is_complex() else z.imag
+        for a, b in ((lazy, plain), (plain, lazy), (lazy, lazy), (as_it_lies, as_it_lies.clone())):
+            assert same_bytes(a, b)
+        for a, b in ((lazy, as_it_lies), (as_it_lies, lazy)):
+            assert not same_bytes(a, b)
+
+
+def test_what_lies_between_the_elements_is_not_written_over() -> None:
+    base = torch.zeros(4, 6)
+    part = base[:, 1:3]
+    replica = replicas_of([part])[id(part)]
+    replica.fill_(1)
+    base[0, 4] = 5  # since the copy was made
+    _memory.overwrite(part, replica)
+    expected = torch.zeros(4, 6)
+    expected[:, 1:3] = 1
+    expected[0, 4] = 5
+    assert torch.equal(base, expected)
+
+
+def test_elements_that_lie_over_each_other_are_written_over() -> None:
+    base = torch.zeros(6)
+    part = base[::2].expand(4, 3)
+    replica = replicas_of([part])[id(part)]
+    replica[0] = torch.tensor([1.0, 2.0, 3.0])
+    _memory.overwrite(part, replica)
+    assert base.tolist() == [1, 0, 2, 0, 3, 0]

@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from torchguard import Guard, SavedTensorCorruptionError, SavedTensorCorruptionWarning, strict, warn
+from torchguard import (
+    Guard,
+    SavedTensorCorruptionError,
+    SavedTensorCorruptionWarning,
+    _policy,
+    allow,
+    strict,
+    warn,
+    watch,
+)
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -29,6 +38,63 @@ def leaf() -> torch.Tensor:
 def corrupt() -> None:
     y = leaf().exp()
     y.data.zero_()
+
+
+def test_who_answers_and_who_is_handed_on_to_a_thread() -> None:
+    assert _policy.innermost() is None
+    with watch() as outer:
+        assert _policy.innermost() is outer
+        assert _policy.inherited() == []  # it has nothing in any thread
+        with strict() as inner:
+            assert _policy.innermost() is inner
+            assert _policy.inherited() == [outer, inner]
+        assert _policy.innermost_of_depth("watch") is outer
+        assert _policy.innermost_of_depth("saves") is None
+    assert _policy.innermost() is None
+    assert [_policy.is_watch(guard) for guard in (None, outer, inner)] == [False, True, False]
+
+
+def test_a_guard_of_one_thread_and_one_of_all() -> None:
+    one, everywhere = Guard("record"), Guard("record")
+    _policy.enter(one)
+    _policy.enter(everywhere, everywhere=True)
+    try:
+        assert (_policy.state.guards, _policy.process_wide, _policy.entered) == ([one], [everywhere], [one, everywhere])
+        assert _policy.innermost() is one
+        assert run(_policy.innermost) is everywhere
+        assert _policy.inherited() == [everywhere, one]
+    finally:
+        _policy.leave(one)
+        assert _policy.innermost() is everywhere
+        _policy.leave(everywhere)
+        _policy.leave(everywhere)  # it has been left: nothing to be done
+    assert (_policy.state.guards, _policy.process_wide, _policy.entered) == ([], [], [])
+
+
+def test_somebody_else_answers_for_a_block() -> None:
+    other = Guard("record")
+    with strict() as guard:
+        with pytest.raises(ValueError, match="in between"), _policy.instead(other):
+            assert _policy.innermost() is other
+            assert _policy.state.guards == [guard, other]
+            corrupt()
+            raise ValueError("in between")
+        assert _policy.innermost() is guard
+        assert _policy.state.guards == _policy.entered == [guard]
+        assert guard.violations == []
+        assert [violation.operation for violation in other.violations] == ["zero_()"]
+
+
+def test_what_was_begun_in_an_allow_block_ends_in_it() -> None:
+    with strict() as guard, allow("of this moment"):
+        with pytest.raises(ValueError, match="in between"), _policy.allowed_for(["first", "begun in"]):
+            assert _policy.state.reasons == ["first", "begun in", "of this moment"]
+            raise ValueError("in between")
+        assert _policy.state.reasons == ["of this moment"]
+    with strict() as guard, _policy.allowed_for(["begun in"]):
+        corrupt()
+    assert [violation.allowed for violation in guard.allowed] == ["begun in"]
+    assert outcome() == "silent"
 
 
 def outcome() -> str:

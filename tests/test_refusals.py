@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import torchguard
+from torchguard import _refusal
 
 PROGRAMS: dict[str, Callable[[], Any]] = {}
 
@@ -1108,3 +1109,17 @@ def test_a_refused_program_leaves_nothing_behind() -> None:
     with torchguard.strict():
         back(innocent.exp())
     assert innocent.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
+def test_a_wrapper_is_refused_as_a_tensor_of_its_type_is(dtype: torch.dtype) -> None:
+    told: list[str] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        told.append(str(_refusal.refusal(x, 5, None, 0)))
+        return x
+
+    torch.func.vmap(look)(torch.zeros(3, 2, dtype=dtype))
+    look(torch.zeros(2, dtype=dtype))
+    assert told[0] == told[1]
+    assert "is at version 0; expected version 5 instead" in told[0]

@@ -330,6 +330,24 @@ def test_random_numbers_are_drawn_as_ever() -> Any:
 
 
 @transparent
+def test_generators_are_drawn_from_as_ever() -> Any:
+    """By keyword or by position, where the guard has to try the call on a copy first: no zero becomes another number."""
+    found: list[Any] = []
+    for draw in (
+        lambda y, g: y.bernoulli_(0.0, generator=g),
+        lambda y, g: torch.bernoulli(torch.zeros(4), generator=g, out=y),
+        lambda y, g: torch.rrelu_(y, 0.1, 0.3, True, g),
+        lambda y, g: torch._C._nn.rrelu_with_noise_(y, torch.empty(4), 0.1, 0.3, True, g),
+    ):
+        generator = torch.Generator().manual_seed(3)
+        y = torch.zeros(4, requires_grad=True) * 1
+        kept = y * y
+        draw(y.data, generator)
+        found += [y.detach().clone(), torch.rand(3, generator=generator), generator.get_state(), kept]
+    return found
+
+
+@transparent
 def test_flags_are_left_alone() -> Any:
     leaf = torch.ones(4, requires_grad=True)
     seen: list[Any] = []

@@ -45,6 +45,9 @@ _KEPT = "tests/test_generated.py::test_what_was_once_wrong_is_right"
 #: What runs in a process that would not see the mutant, or takes long and says little.
 _LEFT_OUT = ("subprocess", "command_line", "soak", "leak")
 
+#: A line that fewer tests run may make, in a process's first call, what is kept for the others: these are asked, too.
+_FEW = 4
+
 #: For each module the tests that may notice: a file or a test in it (and, after #, what its cases' names have in them),
 #: and how many of them at most. Those of the first entry are run first.
 TESTS: dict[str, tuple[tuple[str, int], ...]] = {
@@ -62,11 +65,17 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
     "_writers": (("tests/test_writers.py", 1000), (_CATALOGUE, 300), (_KEPT, 100)),
     "_rehearsal": (
         ("tests/test_guard.py", 1000),
+        ("tests/test_distributed.py::test_a_", 1000),
+        ("tests/test_transparency_training.py#drawn", 20),
+        (f"{_CATALOGUE}#complex", 100),
+        (f"{_CATALOGUE}#foreach_copies", 10),
+        (f"{_CATALOGUE}#foreach_reads", 10),
         ("tests/test_transparency_tensors.py", 60),
         (_CATALOGUE, 300),
         (_KEPT, 100),
     ),
     "_selfwrites": (
+        ("tests/test_selfwrites.py", 1000),
         (f"{_CATALOGUE}#_its_own_", 40),
         ("tests/test_repair.py", 1000),
         ("tests/test_at_read.py", 1000),
@@ -92,6 +101,9 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
     ),
     "_ledger": (("tests/test_ledger.py", 1000), ("tests/test_guard.py", 1000), (_CATALOGUE, 200), (_KEPT, 100)),
     "_policy": (
+        ("tests/test_watch.py", 150),
+        ("tests/test_distributed.py::test_an_intended", 5),
+        (f"{_CATALOGUE}#compiled_", 30),
         ("tests/test_allow.py", 1000),
         ("tests/test_nesting_and_threads.py", 1000),
         ("tests/test_pool_threads.py", 1000),
@@ -100,7 +112,28 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         ("tests/test_repair.py", 1000),
         (_CATALOGUE, 60),
     ),
-    "_refusal": (("tests/test_refusals.py", 400), ("tests/test_guard.py", 1000), (_KEPT, 100)),
+    "_packing": (
+        ("tests/test_guard.py", 1000),
+        ("tests/test_hook_composition.py", 200),
+        ("tests/test_refusals.py", 200),
+        (_CATALOGUE, 300),
+        (_KEPT, 100),
+    ),
+    "_saves": (
+        ("tests/test_guard.py", 1000),
+        ("tests/test_at_read.py", 1000),
+        ("tests/test_repair.py", 300),
+        ("tests/test_audit.py", 300),
+        (_CATALOGUE, 300),
+        (_KEPT, 100),
+    ),
+    "_refusal": (
+        ("tests/test_refusals.py", 400),
+        ("tests/test_guard.py", 1000),
+        ("tests/test_functorch.py", 200),
+        (f"{_CATALOGUE}#refused-", 150),
+        (_KEPT, 100),
+    ),
     "_reads": (
         ("tests/test_refusals.py", 200),
         ("tests/test_guard.py", 1000),
@@ -130,11 +163,13 @@ class Mutant:
         name: the function, and what became of its line; stays the same when lines move.
         lines: the first and last line of what is changed.
         code: the module with the change.
+        function: the first and last line of the function that it stands in.
     """
 
     name: str
     lines: tuple[int, int]
     code: str
+    function: tuple[int, int]
 
 
 def mutants_of(source: str) -> list[Mutant]:
@@ -147,24 +182,26 @@ def mutants_of(source: str) -> list[Mutant]:
     positions = wrapper.resolve(PositionProvider)
     operators = [*mutators.mutation_operators, (cst.If, _negated), (cst.IfExp, _negated), (cst.Expr, _dropped)]
 
-    def changes(node: Any, function: str) -> Iterator[tuple[Any, Any, str]]:
+    def changes(node: Any, function: str, outermost: Any = None) -> Iterator[tuple[Any, Any, str, Any]]:
         if isinstance(node, (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom)):
             return  # no values
         if isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value in ("len", "isinstance"):
             return  # cannot be called otherwise
         if isinstance(node, (cst.FunctionDef, cst.ClassDef)):
             function = f"{function}.{node.name.value}".lstrip(".")
+            outermost = outermost or (node if isinstance(node, cst.FunctionDef) else None)
         for kind, operator in operators:
             if isinstance(node, kind):
                 made = list(operator(node))
                 # A string is changed once: other letters say what "XX" around it says.
-                yield from ((node, new, function) for new in (made[:1] if kind is cst.BaseString else made))
+                made = made[:1] if kind is cst.BaseString else made
+                yield from ((node, new, function, outermost or node) for new in made)
         for child in node.children:
-            yield from changes(child, function)
+            yield from changes(child, function, outermost)
 
     found: list[Mutant] = []
     names: Counter[str] = Counter()
-    for node, new, function in changes(wrapper.module, ""):
+    for node, new, function, outermost in changes(wrapper.module, ""):
         code = wrapper.module.deep_replace(node, new).code
         try:
             compile(code, "mutant", "exec")
@@ -176,7 +213,8 @@ def mutants_of(source: str) -> list[Mutant]:
             name += f" #{names[name]}"
         place = positions[node]
         last = place.start.line if isinstance(node, cst.If) else place.end.line
-        found.append(Mutant(name, (place.start.line, last), code))
+        around = positions[outermost]
+        found.append(Mutant(name, (place.start.line, last), code, (around.start.line, around.end.line)))
     return found
 
 
@@ -394,10 +432,11 @@ def _run_until_one_fails(items: Sequence[Any]) -> str | None:
     return None
 
 
-def _chosen(items: list[Any], module: str, seed: int) -> list[Any]:
+def _chosen(items: list[Any], module: str, seed: int, of_each: int | None) -> list[Any]:
     """Those of the collected tests that are asked for, at most so many of each kind."""
     chosen: list[Any] = []
     for tests, most in TESTS[module]:
+        most = most if of_each is None else min(most, of_each)
         prefix, _, part = tests.partition("#")
         here = [
             item
@@ -424,6 +463,9 @@ class Plugin:
     def __init__(self, work: Callable[[list[Any]], Any]) -> None:
         self._work = work
         self.result: Any = None
+
+    def pytest_configure(self, config: Any) -> None:
+        config.addinivalue_line("markers", "timeout: of the plugin that is left out")
 
     def pytest_runtestloop(self, session: Any) -> bool:
         if session.testsfailed:
@@ -481,6 +523,7 @@ class Module:
         self.path = ROOT / "torchguard" / f"{name}.py"
         self.source = self.path.read_text(encoding="utf-8")
         self._seed, self._budget, self._verbose = options.seed, options.budget, options.verbose
+        self._most = options.most
         self._scratch = scratch
         self._kills: Counter[str] = Counter()
         self._files = sorted({prefix.partition("::")[0] for prefix, _ in TESTS[name]})
@@ -512,7 +555,7 @@ class Module:
         def work(items: list[Any]) -> tuple[Reach, list[Result]]:
             sys.settrace(None)
             threading.settrace(None)
-            chosen = {item.nodeid: item for item in _chosen(items, self.name, self._seed)}
+            chosen = {item.nodeid: item for item in _chosen(items, self.name, self._seed, self._most)}
             functions = Functions(self.path)
             gc.collect()
             gc.freeze()  # a child is to copy few pages
@@ -576,7 +619,10 @@ class Module:
     ) -> Result | None:
         """None where the mutant has to be run in a process that imports it."""
         first, last = mutant.lines
-        tests = self._order(reach, reach.of(first, last))
+        reached = reach.of(first, last)
+        if 0 < len(reached) < _FEW:
+            reached |= reach.of(*mutant.function)
+        tests = self._order(reach, reached)
         at_import = any(line in reach.imported for line in range(first, last + 1))
         if not tests:
             return None if at_import else Result(mutant.name, first, "not reached")
@@ -652,6 +698,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=None, metavar="N", help="no more than N mutants of each module")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default 0)")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests for each mutant (default 20)")
+    parser.add_argument("--most", type=int, default=None, metavar="N", help="no more than N tests of each kind")
     parser.add_argument("--only", default=None, metavar="TEXT", help="mutants whose name has TEXT in it")
     parser.add_argument("--again", action="store_true", help="those that survived the last time")
     parser.add_argument("--list", action="store_true", help="only name the mutants")

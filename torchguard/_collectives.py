@@ -128,7 +128,7 @@ def _carry_out(
     here = _places.user_instruction(frame)
     at_read = _policy.judge_at_read() is not None
     coalesced = group is not None and _torch.in_coalescing_block(group)
-    if at_read or coalesced or not _memory.can_be_copied([hit.target for hit in hits]):
+    if at_read or coalesced or not _memory.can_be_copied(writer.targets(args, kwargs)):
         for hit in hits:
             hit.save.let_bytes_decide("uncounted", writer.title, here)
         hits.clear()

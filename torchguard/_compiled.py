@@ -219,7 +219,7 @@ def _rehearse(module: Any, args: tuple[Any, ...], collector: _Collector | None) 
                 with torch.enable_grad():
                     copies[id(tensor)] = copy if tensor.is_leaf else copy.clone()  # a leaf must not be written to
     arguments = [copies.get(id(value), value) for value in args]
-    with _memory.same_random_numbers(given, None):
+    with _memory.same_random_numbers(given, ()):
         try:
             with nullcontext() if collector is None else _policy.instead(collector):
                 kept = module(*arguments)  # and with it the saves

@@ -22,7 +22,7 @@ def of(tensor: torch.Tensor) -> torch.Tensor | None:
     with _torch.hidden():
         if not _memory.can_be_copied([tensor]) or _memory.end_in_storage(tensor) > tensor.untyped_storage().nbytes():
             return None
-        memory = _memory.as_bytes(tensor.contiguous())
+        memory = _memory.contents_of(tensor)
         whole = memory.numel() // 8 * 8
         rest = torch.zeros(8, dtype=torch.uint8, device=memory.device)
         rest[: memory.numel() - whole] = memory[whole:]

@@ -134,11 +134,15 @@ def counter_of(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that shares the version counter of ``tensor`` and no memory."""
     if not torch.is_grad_enabled() and type(tensor) in PLAIN_TYPES and not _torch.any_mode_active():
         counter = tensor.detach()  # nobody sees it
-        _set_data(counter, _EMPTY)
-        return counter
+        try:
+            _set_data(counter, _EMPTY)
+            return counter
+        except RuntimeError:
+            pass
     with _torch.hidden():
         counter = tensor.detach()
-        _set_data(counter, _EMPTY)
+        # A quantised tensor takes the memory of its like only.
+        _set_data(counter, torch.empty_quantized([0], tensor) if tensor.is_quantized else _EMPTY)
     return counter
 
 
@@ -160,6 +164,7 @@ def _extent(tensor: torch.Tensor) -> int:
 def _stretch(tensor: torch.Tensor) -> torch.Tensor:
     """All memory from the tensor's first to its last element, gaps included, as one contiguous dimension."""
     tensor = _torch.behind(tensor)
+    tensor = _torch.as_lazy_as(tensor, tensor)  # as it lies there, neither conjugated nor negated
     return tensor.detach().as_strided((_extent(tensor),), (1,))
 
 
@@ -200,7 +205,7 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
         groups.setdefault(_torch.storage_id(_torch.behind(tensor)), []).append(tensor)
     for tensor in read:
         group = groups.get(storage_of(tensor))
-        if group is not None and not (tensor.is_conj() or tensor.is_neg()):
+        if group is not None:
             group.append(tensor)
     replicas = {}
     for group in groups.values():
@@ -214,15 +219,14 @@ def replicas_of(written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = 
         for given, tensor, reach in zip(group, inner, reaches, strict=True):
             offset = (reach.start - low) // tensor.element_size()
             replica = over(memory, tensor.dtype, offset, tensor.shape, tensor.stride())
-            replicas[id(given)] = _torch.wrapped_like(given, replica)
+            replicas[id(given)] = _torch.wrapped_like(given, _torch.as_lazy_as(tensor, replica))
     return replicas
 
 
 def can_be_copied(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether a copy (see :func:`replicas_of`) would be such a tensor as each of these is."""
-    return not any(
-        tensor.is_conj() or tensor.is_neg() or tensor.is_quantized or _torch.parts_of(tensor) for tensor in tensors
-    )
+    with _torch.no_torch_function():
+        return not any(tensor.is_quantized or _torch.parts_of(tensor) for tensor in tensors)
 
 
 #: No element type is wider.
@@ -272,8 +276,10 @@ def overwrite(tensor: torch.Tensor, replica: torch.Tensor) -> None:
 
 
 @contextmanager
-def same_random_numbers(targets: Iterable[torch.Tensor], generator: torch.Generator | None) -> Iterator[None]:
-    """Put the random number generators that a call on ``targets`` draws from back to where they were."""
+def same_random_numbers(targets: Iterable[torch.Tensor], given: Iterable[Any]) -> Iterator[None]:
+    """Put the random number generators that a call on ``targets`` draws from back to where they were: torch's own, and
+    those among what it is ``given``.
+    """
     devices = {target.device for target in targets}
     put_back: list[Callable[[], Any]] = []
     # One at a time: torch asks for a generator's lock while it holds the interpreter's, and another thread that
@@ -281,8 +287,11 @@ def same_random_numbers(targets: Iterable[torch.Tensor], generator: torch.Genera
     with _asking_for_states, _torch.hidden():
         if devices:
             put_back.append(partial(torch.set_rng_state, torch.get_rng_state()))
-            if generator is not None:
-                put_back.append(partial(generator.set_state, generator.get_state()))
+            put_back += [
+                partial(generator.set_state, generator.get_state())
+                for generator in given
+                if isinstance(generator, torch.Generator)
+            ]
         put_back += [
             partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
             for device in devices
@@ -419,13 +428,3 @@ def describe(tensor: torch.Tensor) -> dict[str, Any]:
             "shape": () if _torch.is_flat_nested(tensor) else tuple(tensor.shape),
             "device": str(tensor.device),
         }
-
-
-def reach(tensor: torch.Tensor) -> torch.Tensor:
-    """A mask over the tensor's memory, from its first to its last byte, of the bytes that belong to its
-    elements.
-    """
-    tensor = _torch.behind(tensor)
-    elements = torch.zeros(_extent(tensor), dtype=torch.bool, device=tensor.device)
-    elements.as_strided(tensor.shape, tensor.stride(), 0).fill_(True)
-    return elements.repeat_interleave(tensor.element_size())

@@ -178,6 +178,11 @@ _OPERATORS: dict[type[ast.AST], str] = {
 }
 
 
+def is_ours(code: CodeType) -> bool:
+    """Whether it is torchguard's own."""
+    return code.co_filename.startswith(_OURS)
+
+
 def operation_of(instruction: Instruction) -> str:
     """Name of the operation that the instruction calls, read from its source; ``""`` where that does not
     tell.

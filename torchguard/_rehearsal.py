@@ -22,7 +22,7 @@ class Rehearsal:
 
     Attributes:
         targets: the tensors that it writes to.
-        replicas: for each of them, by its id, the copy; empty where there can be no such tensor.
+        replicas: for each of them, by its id, the copy.
         result: what the call returned.
         failure: what it raised half-way, where it is not to be made again.
     """
@@ -36,14 +36,11 @@ class Rehearsal:
 
     def changed_bytes(self, target: torch.Tensor) -> torch.Tensor:
         """Which bytes of the target's memory, from first to last, the call changes."""
-        replica = self.replicas.get(id(target))
-        # Without a copy, every element that the call is given.
-        return _memory.reach(target) if replica is None else _memory.changed_bytes(target, replica)
+        return _memory.changed_bytes(target, self.replicas[id(target)])
 
     def moves(self, target: torch.Tensor) -> int:
         """By how much the call moves the target's version, where only the rehearsal tells."""
-        replica = self.replicas.get(id(target))
-        return 0 if replica is None else _memory.version_of(replica) - self._versions[id(target)]
+        return _memory.version_of(self.replicas[id(target)]) - self._versions[id(target)]
 
     def put_down(self) -> None:
         """Put what the call made into place."""
@@ -59,13 +56,9 @@ class Rehearsal:
 
 
 def rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rehearsal:
-    """Make the call on copies of what it writes to."""
+    """Make the call on copies of what it writes to, which can be copied (see :func:`_memory.can_be_copied`)."""
     targets = writer.targets(args, kwargs)
-    if any(_torch.parts_of(target) for target in targets):
-        raise NotImplementedError("a subclass that wraps others is not built anew over other memory")
     with _torch.hidden():
-        if not _memory.can_be_copied(targets):
-            return Rehearsal(targets, {})
         replicas = _memory.replicas_of(targets, _memory.tensors_in([*args, *kwargs.values()]))
         rehearsal = Rehearsal(targets, replicas)
         args = [substituted(value, replicas) for value in args]
@@ -73,7 +66,8 @@ def rehearse(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kwar
     if writer.collective:  # it is the call: whoever watches calls is to see it
         rehearsal.result = call(*args, **kwargs)
         return rehearsal
-    with _memory.same_random_numbers(targets if writer.draws else (), kwargs.get("generator")), _torch.rehearsing():
+    given = [*args, *kwargs.values()]
+    with _memory.same_random_numbers(targets if writer.draws else (), given), _torch.rehearsing():
         try:
             rehearsal.result = call(*args, **kwargs)
         except Exception as error:

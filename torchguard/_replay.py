@@ -93,7 +93,7 @@ class _Call:
 
     def on(self, stand_ins: Mapping[int, torch.Tensor]) -> Any:
         """Its result on other tensors, by the id of the one that each stands for; draws what the call will draw."""
-        with _torch.unseen(), _memory.same_random_numbers(self.tensors, self.kwargs.get("generator")):
+        with _torch.unseen(), _memory.same_random_numbers(self.tensors, [*self.args, *self.kwargs.values()]):
             return self.func(
                 *substituted(self.args, stand_ins),
                 **{name: substituted(value, stand_ins) for name, value in self.kwargs.items()},

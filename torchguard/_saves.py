@@ -371,7 +371,11 @@ class Save(Fields):
         """The operation that saved it, ``""`` where it cannot be told."""
         if self.node is not None:
             return operation_of_node(self.node.__name__)
-        return "" if self.inner_code is None else _places.operation_of((self.inner_code, self.inner_offset))
+        if self.inner_code is None:
+            return ""
+        if _places.is_ours(self.inner_code):  # a call that the guard makes for the user's
+            return "" if self.instruction is None else _places.operation_of(self.instruction)
+        return _places.operation_of((self.inner_code, self.inner_offset))
 
 
 class Part(Save):

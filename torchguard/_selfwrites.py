@@ -41,7 +41,7 @@ class _Read(NamedTuple):
 
 
 def may_save_what_it_writes(name: str) -> Callable[[Sequence[Any]], bool] | None:
-    """A quick look at the arguments of calls of this name: does another tensor lie in the first one's storage?
+    """A quick look at the arguments of calls of this name: does one of the others lie in the first one's storage?
 
     None where such a call saves nothing.
     """
@@ -55,8 +55,8 @@ def may_save_what_it_writes(name: str) -> Callable[[Sequence[Any]], bool] | None
         if type(first) not in plain:  # lists of tensors, subclasses: a closer look
             return isinstance(first, (torch.Tensor, list, tuple))
         try:
-            for other in args:
-                if type(other) in plain and other is not first and storage_id(other) == storage_id(first):
+            for other in args[1:]:
+                if type(other) in plain and (other is first or storage_id(other) == storage_id(first)):
                     return True
         except _memory.NO_MEMORY:
             pass

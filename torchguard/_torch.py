@@ -345,6 +345,12 @@ def wrapped_like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return memory
 
 
+def as_lazy_as(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """``memory``, conjugated and negated lazily where ``tensor`` is; where that is the tensor itself, no longer."""
+    memory = memory.conj() if tensor.is_conj() else memory
+    return torch._neg_view(memory) if tensor.is_neg() else memory
+
+
 def in_place_of(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """The same, to be given to autograd instead of ``tensor``: with the wrapper of a transform that is over.
 

@@ -379,7 +379,8 @@ def _answer(
     if not refused and not _places.called_from(frame, _TRUSTED_FILES):
         # Where PyTorch refuses the call, it says so itself in a moment. Should it not, the bytes decide.
         with suppress(Exception):
-            rehearsal = rehearse(writer, call, args, kwargs)
+            if _memory.can_be_copied(writer.targets(args, kwargs)):
+                rehearsal = rehearse(writer, call, args, kwargs)
     if rehearsal is None:
         for hit in hits:
             hit.save.let_bytes_decide("write" if hit.counted else "uncounted", writer.title, here)
@@ -390,7 +391,7 @@ def _answer(
             hit.save.let_bytes_decide("stashed", writer.title, here)
     hits[:] = [hit for hit in hits if not hit.save.stashed]
     pronounce(writer, rehearsal, hits, here)
-    if writer.once and rehearsal.replicas:
+    if writer.once:
         rehearsal.put_down()
         for hit in hits:
             hit.save.accept()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -345,8 +346,34 @@ def _conjugate_view(c: torch.Tensor) -> Any:
     c.conj().mul_(2)
 
 
+def _negative_view(c: torch.Tensor) -> Any:
+    c.conj().imag[:2].zero_()
+
+
 def _complex_mul(c: torch.Tensor) -> Any:
     c.mul_(1j)
+
+
+def _from_a_conjugate(c: torch.Tensor) -> Any:
+    """What it is given lies in memory as the save does, and reads otherwise."""
+    c.copy_(c.clone().conj())
+
+
+def _conjugate_view_as_it_was(c: torch.Tensor) -> Any:
+    c.conj().copy_(torch.tensor([1 - 2j, 3 - 4j, 5 - 6j]))
+
+
+def _negative_view_as_it_was(c: torch.Tensor) -> Any:
+    c.conj().imag.copy_(torch.tensor([-2.0, -4.0, -6.0]))
+
+
+def _from_a_conjugate_as_it_was(c: torch.Tensor) -> Any:
+    c.copy_(torch.tensor([1 - 2j, 3 - 4j, 5 - 6j]).conj())
+
+
+def _from_its_own_conjugate(c: torch.Tensor) -> Any:
+    """A call that reads, conjugated, what it writes to."""
+    c[:2].copy_(c[:2].conj())
 
 
 def _complex_programs() -> None:
@@ -364,10 +391,14 @@ def _complex_programs() -> None:
         return body
 
     route = "complex alias"
-    for write in (_real, _imag, _set_real, _set_imag, _as_real, _conjugate_view, _complex_mul):
+    writes = (_real, _imag, _set_real, _set_imag, _as_real, _conjugate_view, _negative_view, _complex_mul)
+    for write in (*writes, _from_a_conjugate, _from_its_own_conjugate):
         name = f"complex{write.__name__}"
         add(body_for(_complex, write), name=name, route=route, kind="corrupting")
         add(body_for(_complex, write, True), name=f"{name}_after_backward", route=route, kind="innocent", twin_of=name)
+    for twin in (_conjugate_view_as_it_was, _negative_view_as_it_was, _from_a_conjugate_as_it_was):
+        of = f"complex{twin.__name__.removesuffix('_as_it_was')}"
+        add(body_for(_complex, twin), name=f"complex{twin.__name__}", route=route, kind="innocent", twin_of=of)
     for hit, miss in ((_real, _imag), (_set_real, _set_imag), (_as_real, _as_real_imag)):
         name = f"real_part_saved{hit.__name__}"
         add(body_for(_complex_part, hit), name=name, route=route, kind="corrupting")
@@ -375,6 +406,65 @@ def _complex_programs() -> None:
 
 
 _complex_programs()
+
+
+# ---- quantised ----------------------------------------------------------------------------------------------------
+
+
+class _Quantised(torch.autograd.Function):
+    """Keeps a tensor of which no copy over other memory can be made: the bytes decide when backward reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(q)
+        return x * q.dequantize()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0].dequantize(), None
+
+
+def _quantise(values: list[float]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return torch.quantize_per_tensor(torch.tensor(values), 0.5, 0, torch.qint8)
+
+
+def _quantised_programs() -> None:
+    def body_for(write: Any, late: bool = False) -> Any:
+        def body(run: Run) -> Any:
+            w, q = run.leaf([1.0, 2.0, 3.0]), _quantise([1.0, 2.0, 3.0])
+            out = _Quantised.apply(w, q)  # type: ignore[no-untyped-call] # saved
+            c = q.data
+            if not late:
+                run.write(write, c)
+            out.sum().backward()
+            if late:
+                run.write(write, c)
+            return [w.grad]
+
+        return body
+
+    route = "quantised alias"
+    writes = {
+        "fill": lambda c: c.fill_(2.0),
+        "copy": lambda c: c.copy_(_quantise([1.0, 2.0, 4.0])),
+        "row": lambda c: c[1:].fill_(3.0),
+    }
+    for name, write in writes.items():
+        name = f"quantised_{name}"
+        add(body_for(write), name=name, route=route, kind="corrupting", caught="read", every_call="read")
+        add(body_for(write, True), name=f"{name}_after_backward", route=route, kind="innocent", twin_of=name)
+    same = {
+        "copy": lambda c: c.copy_(_quantise([1.0, 2.0, 3.0])),
+        "row": lambda c: c[1:2].fill_(2.0),
+    }
+    for name, write in same.items():
+        of = f"quantised_{name}"
+        add(body_for(write), name=f"{of}_of_what_is_there", route=route, kind="innocent", twin_of=of)
+
+
+_quantised_programs()
 
 
 # ---- when it was taken --------------------------------------------------------------------------------------------
