@@ -52,7 +52,9 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     records = torch.is_grad_enabled
 
     def check(save: Save) -> torch.Tensor | None:
-        if save.tensor._version != save.version and (save.version == DETACHED or not _verdict.can_be_repaired(save)):
+        if _memory.has_moved(save.tensor, save.version) and (
+            save.version == DETACHED or not _verdict.can_be_repaired(save)
+        ):
             _refuse(save)
         if (save.storage in young or save.storage in aliases) and not is_quiet(save.storage):
             ALIASES.sync(save.storage)
