@@ -428,6 +428,26 @@ if a2.grad is None: a2.grad = torch.ones_like(a2)
 o7.step()
 (y6.sum() + y6.sum()).backward()
 """,
+    "gradient_of_nothing_is_what_was_saved": """
+a8 = grid(0, 4, dtype=torch.float16).requires_grad_()
+y11 = a8.cummax(-1).values
+y11.sum().backward(retain_graph=True)
+y11.pow(2).sum().backward(retain_graph=True)
+(y11 * y11.detach()).sum().backward()
+""",
+    "write_to_nothing_is_refused": """
+a8 = grid(0, 4, dtype=torch.float16).requires_grad_()
+y11 = a8.cummax(-1).values
+with torch.no_grad(): a8.mul_(2)
+y11.sum().backward()
+""",
+    "compiled_output_is_written_and_differentiated_twice": """
+a2 = torch.nn.Parameter(grid(4, 4).mT)
+y3 = region(made_by("aot_eager", written_inside), a2, a2)
+torch.nn.init.zeros_(torch.from_dlpack(y3.data))
+g13 = torch.autograd.grad(y3.sum(), a2, create_graph=True)[0]
+g14 = torch.autograd.grad(g13.sum(), y3, allow_unused=True, materialize_grads=True)[0]
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}
