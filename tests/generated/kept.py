@@ -448,6 +448,14 @@ torch.nn.init.zeros_(torch.from_dlpack(y3.data))
 g13 = torch.autograd.grad(y3.sum(), a2, create_graph=True)[0]
 g14 = torch.autograd.grad(g13.sum(), y3, allow_unused=True, materialize_grads=True)[0]
 """,
+    "argument_of_a_checkpoint_is_reshaped_in_place": """
+n4 = bytearray(48)
+a2 = torch.frombuffer(n4, dtype=torch.float32).requires_grad_()
+y5 = Cube.apply(a2)
+y6 = checkpoint(torch.sin, y5, use_reentrant=False)
+y5.unsqueeze_(0)
+y6.backward(torch.ones_like(y6))
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}

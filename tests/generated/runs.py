@@ -15,6 +15,7 @@ import linecache
 import math
 import operator
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -251,6 +252,14 @@ def quiet() -> Any:
 # ---- saves, cloned and recorded -----------------------------------------------------------------------------------
 
 
+def _by_a_checkpoint() -> bool:
+    """Whether a checkpoint keeps its argument: no node of its own comes after that argument's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame.f_code.co_filename == torch.utils.checkpoint.__file__
+
+
 class Save:
     """A save as PyTorch keeps it: an input is the very tensor, an output a detached alias. The check of versions, which
     save hooks switch off, is made here.
@@ -259,7 +268,8 @@ class Save:
     def __init__(self, tensor: torch.Tensor, is_output: bool | None = None) -> None:
         node = tensor.grad_fn
         if is_output is None:
-            is_output = node is not None and node._sequence_nr() == torch._C._autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+            latest = torch._C._autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+            is_output = node is not None and node._sequence_nr() == latest and not _by_a_checkpoint()
         self.tensor = tensor.detach() if is_output else tensor
         #: What backward is given, and what has the version that PyTorch compares.
         self.given = self.counter = self.tensor
