@@ -604,6 +604,14 @@ def uninstall() -> None:
 
 
 def _restore() -> None:
+    try:
+        _put_back()
+    except BaseException:  # Ctrl-C, say: no patch outlives it
+        _put_back()
+        raise
+
+
+def _put_back() -> None:
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
     for patch in reversed(_patches):
