@@ -22,8 +22,19 @@ from harness import program_hooks
 from torch.utils.checkpoint import checkpoint
 
 import torchguard
-from torchguard import Guard, SavedTensorCorruptionError, _memory, _policy, strict, warn
+from torchguard import Guard, SavedTensorCorruptionError, _hooks, _memory, _policy, strict, warn
 from torchguard._saves import LEDGER
+
+ALL_KINDS: dict[str, Callable[[], Any]] = {
+    "strict": strict,
+    "warn": warn,
+    "every_call": lambda: strict(every_call=True),
+    "warn_every_call": lambda: warn(every_call=True),
+    "at_read": lambda: strict(at="read"),
+    "repair": torchguard.repair,
+    "audit": torchguard.audit,
+    "watch": torchguard.watch,
+}
 
 
 def leaf() -> torch.Tensor:
@@ -44,9 +55,10 @@ def failing_call(number: int, but: frozenset[str] = frozenset()) -> Iterator[lis
     raised: list[bool] = []
 
     def trace(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_globals.get("__package__") == "torchguard":
-            made.append(frame.f_code.co_name)
-            if 0 < number <= len(made) and not raised and frame.f_code.co_name not in but:
+        name = frame.f_code.co_name  # what ``__del__`` raises goes nowhere
+        if event == "call" and frame.f_globals.get("__package__") == "torchguard" and name != "__del__":
+            made.append(name)
+            if 0 < number <= len(made) and not raised and name not in but:
                 raised.append(True)
                 raise Injected
 
@@ -63,7 +75,7 @@ def points(total: int) -> list[int]:
     return [*range(1, min(total, 60) + 1), *range(61, max(total - 60, 61), 97), *range(max(total - 60, 61), total + 1)]
 
 
-@pytest.mark.parametrize("make", [strict, lambda: warn(every_call=True)], ids=["strict", "warn_every_call"])
+@pytest.mark.parametrize("make", ALL_KINDS.values(), ids=ALL_KINDS)
 def test_entering_fails_at_any_call_and_leaves_nothing(make: Callable[[], Guard], found: Callable[[], Any]) -> None:
     with make():
         pass
@@ -77,17 +89,17 @@ def test_entering_fails_at_any_call_and_leaves_nothing(make: Callable[[], Guard]
         guard = make()
         with failing_call(number), pytest.raises(Injected):
             guard.__enter__()
-        if told := before.differences():
+        if (told := before.differences()) or (told := ["an identity in _ours"] * len(_hooks._ours)):
             left[number, made[number - 1]] = told
             break
     assert left == {}
 
 
 #: An exception at the very call of these is one that comes before anything could be done about it.
-BEFORE_ANYTHING = frozenset({"__exit__", "leave", "_leave", "uninstall", "_restore"})
+BEFORE_ANYTHING = frozenset({"__exit__", "leave", "_leave", "uninstall", "_restore", "end"})
 
 
-@pytest.mark.parametrize("make", [strict, lambda: warn(every_call=True)], ids=["strict", "warn_every_call"])
+@pytest.mark.parametrize("make", ALL_KINDS.values(), ids=ALL_KINDS)
 def test_leaving_fails_at_any_call_and_each_patch_is_taken_back(
     make: Callable[[], Guard], found: Callable[[], Any]
 ) -> None:
@@ -127,6 +139,7 @@ def clear_stacks() -> None:
     while torch._C._len_torch_function_stack():
         torch._C._pop_torch_function_stack()
     _policy.state.every_call, _policy.state.mode = 0, None
+    _hooks._ours.clear()  # by identity, which others may get now
 
 
 # ---- no room for a copy --------------------------------------------------------------------------------------
@@ -172,17 +185,6 @@ def programs_that_need_a_copy() -> dict[str, Callable[[], torch.Tensor]]:
         return a.grad
 
     return {function.__name__: function for function in (alias_of_a_save, export, hooks, recomputed, double)}
-
-
-ALL_KINDS: dict[str, Callable[[], Any]] = {
-    "strict": strict,
-    "warn": warn,
-    "every_call": lambda: strict(every_call=True),
-    "at_read": lambda: strict(at="read"),
-    "repair": torchguard.repair,
-    "audit": torchguard.audit,
-    "watch": torchguard.watch,
-}
 
 
 @contextmanager
@@ -264,7 +266,7 @@ def test_a_write_is_reported_where_there_is_no_room_to_rehearse_it(monkeypatch: 
 # ---- hooks that raise ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [strict, lambda: warn(every_call=True)], ids=["strict", "warn_every_call"])
+@pytest.mark.parametrize("make", ALL_KINDS.values(), ids=ALL_KINDS)
 def test_hooks_of_the_program_that_raise(make: Callable[[], Guard], found: Callable[[], Any]) -> None:
     before = found()
 
@@ -286,6 +288,18 @@ def test_hooks_of_the_program_that_raise(make: Callable[[], Guard], found: Calla
         z.register_hook(raising)
         with pytest.raises(ZeroDivisionError):
             z.sum().backward(retain_graph=True)
+        b = leaf()
+        b.register_post_accumulate_grad_hook(raising)
+        with pytest.raises(ZeroDivisionError):
+            b.exp().sum().backward()
+        layer = torch.nn.Linear(3, 3)
+        layer.register_forward_hook(lambda *_: raising(None))
+        with pytest.raises(ZeroDivisionError):
+            layer(a)
+        v = a.exp()
+        v.grad_fn.register_prehook(raising)
+        with pytest.raises(ZeroDivisionError):
+            v.sum().backward()
         w = a.exp()
         w.sum().backward()
     assert guard.violations == []
@@ -325,6 +339,43 @@ def test_a_graph_in_a_cycle_is_collected(empty_ledger: None) -> None:
 # ---- threads -------------------------------------------------------------------------------------------------
 
 
+def test_three_dozen_threads_with_guards_of_all_kinds(found: Callable[[], Any]) -> None:
+    """watch() has all threads' ``.data`` share counters while it is on: what strict() would raise, PyTorch may refuse."""
+    before = found()
+    wrong: list[str] = []
+    barrier = threading.Barrier(36)
+
+    def work(number: int) -> None:
+        chance = random.Random(number)
+        barrier.wait(60)
+        for _ in range(6):
+            kind, corrupting = chance.choice([*ALL_KINDS]), chance.random() < 0.5
+            a = leaf()
+            refused = False
+            with ALL_KINDS[kind]() as guard:
+                try:
+                    y = a.exp()
+                    (y if corrupting else y.clone()).data.mul_(2)
+                    y.sum().backward()
+                except RuntimeError:
+                    refused = True
+            if (refused or bool(guard.violations)) != corrupting:
+                wrong.append(f"thread {number} under {kind}: refused {refused}, {guard.violations}, {corrupting}")
+            elif kind == "repair" and not refused and not torch.equal(a.grad, a.detach().exp()):
+                wrong.append(f"thread {number}: not repaired")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(36)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    assert not any(thread.is_alive() for thread in threads), "a deadlock"
+    assert wrong == []
+    assert before.differences() == []
+
+
 def test_three_dozen_threads(found: Callable[[], Any]) -> None:
     """Guards come and go in each while the others save, write and read; each catches its own, and nothing hangs."""
     before = found()
@@ -362,10 +413,11 @@ def test_three_dozen_threads(found: Callable[[], Any]) -> None:
 # ---- the soak ------------------------------------------------------------------------------------------------
 
 
-def test_a_soak_of_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_soak_of_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    """``make soak`` takes an hour."""
     began = time.monotonic()
-    assert soak.main(["--minutes", "0.15", "--seed", "1"]) == 0
-    assert time.monotonic() - began > 8
+    assert soak.main(["--minutes", "1", "--seed", "1"]) == 0
+    assert time.monotonic() - began > 55
     told = capsys.readouterr().out
     assert "0 wrong" in told
     assert "rounds" in told

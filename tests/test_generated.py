@@ -23,7 +23,7 @@ from test_broken_guard import Mute
 import torchguard
 
 #: In so many tests of their own, of which the last WIDE make programs with transforms, compiled regions, ...
-PARTS, WIDE = 8, 0
+PARTS, WIDE = 10, 2
 
 #: How many of others also run in the modes that speak when backward reads.
 AT_READ, FIRST_AT_READ = 300, 500_000
@@ -102,8 +102,9 @@ def test_hypothesis_makes_a_failing_program_simple() -> None:
     assert text.count("grid(3, 4") == text.count(".sigmoid()") == 2  # the first of their tables
 
 
-def test_all_properties_hold_where_backward_speaks() -> None:
-    found = fuzz.search(seed=FIRST_AT_READ, programs=AT_READ, minutes=8, modes="read", wide=False)
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_all_properties_hold_where_backward_speaks(wide: bool) -> None:
+    found = fuzz.search(seed=FIRST_AT_READ, programs=AT_READ, minutes=8, modes="read", wide=wide)
     assert found.scripts == []
     assert found.kinds["corrupting"] > AT_READ // 25
     assert sum(found.kinds.values()) >= AT_READ * 0.95

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sweep
 import sweep_operators
-from sweep_operators import examine
+from sweep_operators import Result, examine
 from test_broken_guard import Alarmist, Mute
 
 PARTS = 4
@@ -54,3 +55,33 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert "caught" in told
     assert "of these caught; 0 failures" in told
+
+
+def test_the_page_tells_recall_and_names_what_no_gradient_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [
+        Result("one", samples=1, writes=3, corrupting=2, caught=2),
+        Result("two", samples=1, writes=1, unread={"input 0"}),
+        Result("three"),
+    ]
+    text = sweep.page(results, 1)
+    assert "| of these are caught | 2: a recall of 100 % |" in text
+    assert "| `two` | input 0 |" in text
+    assert "| without a sample that can be copied | `three` |" in text
+    results[0].caught = 1
+    assert "a recall of 50 %" in sweep.page(results, 1)
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(sweep, "operators", lambda: [of("linalg.svdvals")])
+    assert sweep.main(["--samples", "1", "--page", str(page)]) == 0
+    assert "`linalg_svdvals`" in page.read_text()
+    page.unlink()
+    monkeypatch.setattr(sweep, "operators", lambda: [of("exp")])
+    monkeypatch.setattr("torchguard.strict", lambda: Mute("raise"))
+    assert sweep.main(["--samples", "1", "--page", str(page)]) == 1
+    assert not page.exists()
+
+
+def test_the_page_of_the_documentation_was_written_by_the_command() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "operators.md").read_text(encoding="utf-8")
+    written = [line for line in sweep.page([], 1).splitlines() if line and not line.startswith("|")]
+    assert [line for line in written if line not in text and "torch" not in line] == []
+    assert ": a recall of 100 %" in text

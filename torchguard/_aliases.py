@@ -79,7 +79,11 @@ class AliasRecord(ref[torch.Tensor]):
         self.start = _torch.storage_address(_torch.behind(alias))
         if _torch.is_wrapper(alias):
             return  # what it writes moves the counter of the tensor behind it, too, and that one is watched
-        self.counter = _memory.counter_of(alias)
+        counter = _memory.counter_of(alias)
+        if (
+            _memory.version_of(counter) >= 0
+        ):  # a tensor that was pointed at what inference mode made shares its own with none
+            self.counter = counter
 
     @property
     def stretch(self) -> tuple[int, int] | None:

@@ -51,6 +51,15 @@ def push(audits: bool = False) -> Hooks:
     _clear_stale()
     pair = (make_pack(audits=audits), unpack)
     _ours.add(id(pair[0]))
+    try:
+        _push(pair)
+    except BaseException:
+        remove(pair)  # or its identity, which another object may get, would stay
+        raise
+    return pair
+
+
+def _push(pair: Hooks) -> None:
     if _torch.hooks_enabled():
         if _torch.hides_hooks():
             _policy.note_unwatched(
@@ -61,7 +70,6 @@ def push(audits: bool = False) -> Hooks:
     else:  # inside torch.func: nothing can be pushed until it is left
         _lifted.pairs.append(pair)
         _functorch.start()
-    return pair
 
 
 def remove(pair: Hooks) -> None:

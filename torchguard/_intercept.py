@@ -648,7 +648,11 @@ class _WhileAsked:
         with lock:
             self._count -= 1
             if self._count == 0:
-                self._patch.restore()
+                try:
+                    self._patch.restore()
+                except BaseException:
+                    self._patch.restore()
+                    raise
 
 
 #: See what custom Functions stash (for audit), and whom addresses are told (for repair).

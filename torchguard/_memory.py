@@ -99,6 +99,11 @@ def version_of(tensor: torch.Tensor) -> int:
         return -1
 
 
+def has_moved(tensor: torch.Tensor, version: int) -> bool:
+    """Whether PyTorch would refuse a save of ``tensor`` at ``version``; what keeps none now it does not compare."""
+    return version_of(tensor) not in (version, -1)
+
+
 def shares_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a tracked write to ``a`` would move the version of ``b``.
 
@@ -265,6 +270,16 @@ def over(
 ) -> torch.Tensor:
     """A tensor over a part of a storage, with a version counter of its own."""
     return _set(torch.empty(0, dtype=dtype, device=storage.device), storage, offset, shape, stride)
+
+
+def outside_inference_mode(tensor: torch.Tensor) -> torch.Tensor:
+    """One like a tensor that was made in inference mode, over the same memory, that keeps a version counter."""
+    if tensor.layout is not torch.strided:
+        return tensor
+    with _torch.hidden():
+        like = over(tensor.untyped_storage(), tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
+        like = like.conj() if tensor.is_conj() else like
+        return torch._neg_view(like) if tensor.is_neg() else like
 
 
 def overwrite(tensor: torch.Tensor, replica: torch.Tensor) -> None:

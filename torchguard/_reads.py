@@ -53,7 +53,11 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     records = torch.is_grad_enabled
 
     def check(save: Save) -> torch.Tensor | None:
-        if save.tensor._version != save.version and (save.version == DETACHED or not _verdict.can_be_repaired(save)):
+        if (
+            _memory.has_moved(save.tensor, save.version)
+            and (save.version == DETACHED or not _verdict.can_be_repaired(save))
+            and not _is_its_own_gradient(save)
+        ):
             _refuse(save)
         if (save.storage in young or save.storage in aliases) and not is_quiet(save.storage, save.tensor):
             ALIASES.sync(save.storage, save.tensor)
@@ -113,6 +117,22 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
 
 #: The unpack hook of every guard.
 unpack = make_unpack()
+
+
+def _is_its_own_gradient(save: Save) -> bool:
+    """Whether the version of a leaf without an element moved because a gradient was added to its gradient.
+
+    What saved nothing (``cummax``) hands that back as the gradient. Without hooks it is the leaf itself, and is copied;
+    with hooks it is a tensor that nobody else has, and is kept: with the leaf's counter.
+    """
+    tensor = save.tensor
+    if not tensor.is_leaf or not _memory.is_empty(tensor):
+        return False
+    gradient = tensor.grad
+    if save.version == DETACHED or gradient is None or not _memory.shares_counter(gradient, tensor):
+        return False
+    save.version = _memory.version_of(tensor)
+    return True
 
 
 def _refuse(save: Save) -> None:

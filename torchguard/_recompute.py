@@ -58,8 +58,8 @@ class Recomputation:
         self.guilty: list[Reread] = []
         self._needed = needed
         self._instruction = _places.user_instruction(sys._getframe(1))
-        # A tensor that is an argument is saved, and so watched already.
-        self._arguments = {_memory.storage_of(value) for value in arguments if isinstance(value, torch.Tensor)}
+        # A tensor that is an argument is saved, and so watched already; what else lies in its storage is not.
+        self._arguments = [value for value in arguments if isinstance(value, torch.Tensor)]
         self._known: dict[int, Reread] = {}
 
     def take_down(self, tensor: torch.Tensor) -> Reread | None:
@@ -68,7 +68,7 @@ class Recomputation:
         if entry is not None and entry.tensor is tensor:
             return entry
         storage = _memory.storage_of(tensor)
-        if not storage or storage in self._arguments or _memory.span_of(tensor) is None:
+        if not storage or _memory.span_of(tensor) is None or any(tensor is one for one in self._arguments):
             return None
         entry = Reread(tensor, storage, self._instruction, self._needed)
         self._known[id(tensor)] = entry
@@ -86,7 +86,11 @@ class Recomputation:
                 running.depth -= 1
 
     def _recorder(self, function: Any, arguments: Any) -> AbstractContextManager[Any]:
-        reached = list(_reached((function, arguments)))
+        reached = list(_reached(function))
+        # An argument that the function also closes over is read that way, too: not what was saved, but what is there.
+        closed_over = {id(item) for item in reached}
+        self._arguments = [tensor for tensor in self._arguments if id(tensor) not in closed_over]
+        reached += _reached(arguments)
         self.opaque = any(isinstance(item, torch.jit.ScriptModule) or _torch.is_compiled(item) for item in reached)
         if not self.opaque and not any(isinstance(item, _FAST_PATHS) and not item.training for item in reached):
             return _Recorder(self)
@@ -101,6 +105,7 @@ class Recomputation:
         """The function has run: what it only wrote to it does not need."""
         self.entries = [entry for entry in self.entries if entry.read]
         self._known.clear()
+        self._arguments.clear()
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the function again; :meth:`report` what it should not have met."""

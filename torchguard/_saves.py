@@ -263,7 +263,9 @@ class Save(Fields):
     def given(self) -> torch.Tensor:
         """The tensor that PyTorch is given when it reads, where nobody repairs."""
         handed = None if self.remarks is None else self.remarks.handed
-        return self.tensor if handed is None else handed
+        tensor = self.tensor if handed is None else handed
+        # ``x.data = y`` where y was made in inference mode: PyTorch refuses to take that from a hook.
+        return _memory.outside_inference_mode(tensor) if tensor.is_inference() else tensor
 
     def restored(self) -> torch.Tensor:
         """A copy of the bytes that were saved, for backward: autograd gives it the history that the save has."""
@@ -359,7 +361,7 @@ class Save(Fields):
     @property
     def moved(self) -> bool:
         """Whether the version moved since: PyTorch will refuse to use the save."""
-        return _memory.version_of(self.tensor) != self.version
+        return _memory.has_moved(self.tensor, self.version)
 
     @property
     def instruction(self) -> _places.Instruction:

@@ -210,11 +210,13 @@ def rebind(tensor: Any, value: Any, frame: Any = None) -> None:
     compared: sharding and offloading do that to every parameter between forward and backward.
     """
     moves = _may_be_saved(tensor, value) and not (aside and _policy.state.reasons)
+    # Pointed at what inference mode made, the tensor keeps its counter, but torch does not move that any more.
+    counters = [tensor, _memory.counter_of(tensor)] if moves and value.is_inference() else [tensor]
     _set(tensor, value)
     if moves:
         frame = frame or sys._getframe(1)
         if not (_writes.is_refill(frame) or frame.f_code.co_filename.endswith(_PLAIN_FOR)):
-            move([tensor])
+            move(counters)
             TRACES.writes.append(Written("x.data = y", _places.user_instruction(frame), [tensor]))
 
 
@@ -602,6 +604,14 @@ def uninstall() -> None:
 
 
 def _restore() -> None:
+    try:
+        _put_back()
+    except BaseException:  # Ctrl-C, say: no patch outlives it
+        _put_back()
+        raise
+
+
+def _put_back() -> None:
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
     for patch in reversed(_patches):

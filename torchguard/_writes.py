@@ -477,7 +477,8 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
                 raise error
             finally:
                 del error  # it refers to this frame
-    if not same and _policy.judge_at_read() is not None:
+    if not same and _policy.innermost() is not None:
+        # Whether backward reads it at all, the program's own unpack will tell: then its bytes decide.
         for save in LEDGER.in_storage(_memory.storage_of(tensor)):
             if not save.certain and save.tensor is tensor:
                 save.let_bytes_decide("rebind", _REBINDING, _places.user_instruction(frame))

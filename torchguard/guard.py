@@ -250,8 +250,10 @@ class Guard(_Block):
             raise RuntimeError("torchguard: this guard is not entered")
         self._state = "left"
         if self.depth == "watch":
-            _policy.leave(self)
-            _watch.uninstall()
+            try:
+                _policy.leave(self)
+            finally:
+                _watch.uninstall()
             return
         try:
             if _policy.entered == [self]:

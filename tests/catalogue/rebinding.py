@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -482,6 +483,30 @@ def weight_swapped_for_averaged_weight_for_evaluation(run: Run) -> Any:
             layer(x[None])
         run.write(_rebind, layer.weight, own)
     return [x.grad, layer.weight.grad]
+
+
+def _in_inference_mode() -> None:
+    """Pointed at what inference mode made, a tensor keeps a version that no alias of it shares."""
+    for source, save in SAVED_OBJECTS.items():
+        if source == "view_input":
+            continue  # PyTorch refuses to point it there
+
+        def body(run: Run, changed: bool, save: Any = save) -> Any:
+            w = run.leaf()
+            h, out = save(run, w)
+            with torch.inference_mode():
+                y = h * 2 + 1 if changed else h.clone()
+                run.write(_rebind, h, y)
+            out.sum().backward()
+            return [w.grad]
+
+        name = f"rebind_{source}_in_inference_mode"
+        add(functools.partial(body, changed=True), name=name, route=_ROUTE, kind="corrupting")
+        same = functools.partial(body, changed=False)
+        add(same, name=f"{name}_to_the_same", route=_ROUTE, kind="innocent", twin_of=name)
+
+
+_in_inference_mode()
 
 
 # ---- swap_tensors refuses what autograd holds -----------------------------------------------------------------------

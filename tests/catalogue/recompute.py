@@ -682,6 +682,54 @@ def _arguments() -> None:
 _arguments()
 
 
+def _beside_an_argument() -> None:
+    """What lies in the storage of an argument is not what autograd saved of it."""
+    for kind_name, kind in KINDS.items():
+
+        def neighbour(run: Run, rows: slice, when: str, kind: Kind = kind) -> Any:
+            both = torch.randn(8, 4)
+            x, t = both[:3].requires_grad_(), both[3:6]
+            w = torch.randn(3, 4, requires_grad=True)
+            out = kind(run, lambda x, w: (x * w * t).exp(), x, w).sum()
+            if when == "before":
+                run.write(lambda: both[rows].data.add_(1))
+            out.backward()
+            if when == "after":
+                run.write(lambda: both[rows].data.add_(1))
+            return [x.grad, w.grad]
+
+        name = f"checkpoint_{kind_name}_reads_beside_its_argument"
+        read: dict[str, Any] = {"caught": "read", "every_call": "read"}
+        add(
+            functools.partial(neighbour, rows=slice(4, 5), when="before"),
+            name=name,
+            route=ROUTE,
+            kind="corrupting",
+            **read,
+        )
+        for twin, rows, when in (("after", slice(4, 5), "after"), ("beyond", slice(6, 8), "before")):
+            body = functools.partial(neighbour, rows=rows, when=when)
+            add(body, name=f"{name}_{twin}", route=ROUTE, kind="innocent", twin_of=name)
+
+    def closed_over(run: Run, when: str) -> Any:
+        x = torch.randn(3, 4, requires_grad=True)
+        h = x * 1
+        out = _non_reentrant(run, lambda y: (y.sin() * h).exp(), h).sum()
+        if when == "before":
+            run.write(lambda: h.data.add_(1))
+        out.backward()
+        if when == "after":
+            run.write(lambda: h.data.add_(1))
+        return [x.grad]
+
+    name = "checkpoint_closes_over_its_own_argument"
+    add(functools.partial(closed_over, when="before"), name=name, route=ROUTE, kind="corrupting")
+    add(functools.partial(closed_over, when="after"), name=f"{name}_after", route=ROUTE, kind="innocent", twin_of=name)
+
+
+_beside_an_argument()
+
+
 # ---- several graphs, several backwards -------------------------------------------------------------------------------
 
 

@@ -335,6 +335,127 @@ y4.retain_grad()
 y6 = checkpoint(Product.apply, y3, y4, use_reentrant=False)
 g14 = torch.autograd.grad(y6, y3, torch.ones_like(y6), create_graph=True)[0]
 """,
+    "what_lies_beside_the_argument_of_a_checkpoint_is_read_again": """
+n4 = grid(6, 4)
+a2 = torch.nn.Parameter(n4[:3])
+a3 = torch.nn.Parameter(n4[3:])
+y6 = region(lambda x, w: checkpoint(lambda y: bent(y, w), x, use_reentrant=False), a2, a3)
+with torch.no_grad(): torch.nn.Parameter(a3.data).tril_()
+y6.abs().sum().backward()
+""",
+    "step_over_what_lies_beside_the_argument_of_a_checkpoint": """
+n4 = grid(6, 4)
+a2 = torch.nn.Parameter(n4[:3])
+a3 = torch.nn.Parameter(n4[3:])
+y6 = region(lambda x, w: checkpoint(lambda y: bent(y, w), x, use_reentrant=False), a2, a3)
+o10 = torch.optim.SGD([a3], lr=0.1)
+if a3.grad is None: a3.grad = torch.ones_like(a3)
+o10.step()
+y6.pow(2).sum().backward(retain_graph=True)
+""",
+    "checkpoint_closes_over_its_own_argument": """
+n4 = np.linspace(-1.7, 2.3, 12, dtype=np.float32).reshape(3, 4)
+a2 = torch.from_numpy(n4).requires_grad_()
+y5 = a2.gather(-1, torch.zeros(3, 2, dtype=torch.long))
+y6 = region(lambda x, w: checkpoint(lambda y: bent(y, w), x, use_reentrant=False), y5, y5)
+y5 **= 2
+torch.autograd.backward([y6.sum(), y5.sum()])
+""",
+    "no_gradient_flows_to_a_checkpoint_that_reads_what_was_written": """
+a2 = grid(5, 4)[1:4].requires_grad_()
+y4, y5 = a2.chunk(2, -1)
+n9 = grid(3, 8)
+a7 = n9[:, ::2].requires_grad_()
+y10 = region(lambda x, w: checkpoint(lambda y: y.exp() + w * w, x, use_reentrant=True), a7, a2)
+F.relu_(y4.data.view(torch.int32))
+y13, y14 = torch._foreach_sigmoid([y10, n9])
+y14.sum().backward(retain_graph=True)
+""",
+    "pointed_at_what_inference_mode_made": """
+a2 = torch.nn.Parameter(grid(0, 4, dtype=torch.float64).mT)
+y4 = F.hardtanh(a2)
+y8 = y4.std()
+c13 = y4
+with torch.inference_mode(): torch.nn.utils.vector_to_parameters(torch.full((c13.numel(),), 3.25), [c13])
+g17 = torch.autograd.grad(y8, y4, torch.eye(y8.numel()).reshape(-1, *y8.shape), is_grads_batched=True)[0]
+""",
+    "rebound_to_the_same_under_hooks_that_return_a_key": """
+a2 = grid(1, 4, dtype=torch.float64).requires_grad_()
+y3 = F.hardtanh(a2)
+with saving('keyed'): y4 = F.cosine_similarity(a2, y3, dim=-1)
+y3.data = y3.detach().clone()
+torch.autograd.backward([y3.sum(), y4.sum()])
+""",
+    "reshaped_in_place_under_hooks_that_return_a_key": """
+a1 = torch.nn.Parameter(grid(3, 1))
+with saving('keyed'): y3 = a1.logcumsumexp(0)
+y3.unsqueeze_(0)
+(y3.sum() + y3.sum()).backward()
+""",
+    "repaired_it_ends_in_the_cycle_that_pytorch_makes": """
+a2 = grid(3, 4).requires_grad_()
+y3 = a2.max()
+c6 = y3.data
+y7, y8 = torch._foreach_div([c6, y3], [y3, c6])
+o14 = torch.optim.ASGD([a2])
+if a2.grad is None: a2.grad = torch.ones_like(a2)
+o14.step()
+y7.sum().backward(create_graph=True)
+""",
+    "zeros_that_take_no_memory_are_saved_inside_a_transform": """
+a2 = torch.nn.Parameter(grid(4, 4, dtype=torch.bfloat16))
+y3 = transformed(torch.func.hessian(lambda x: (x ** 3).sum()), a2)
+y4 = y3.tile(2)
+a2.data.mul_(2)
+y4.logsumexp(0).sum().backward()
+""",
+    "what_a_transform_saved_is_rebound": """
+a1 = grid(3, 4).t().requires_grad_()
+y3 = transformed(torch.func.vmap(lambda x, w: x.exp() * w), a1, a1)
+y6 = transformed(torch.func.vmap(torch.func.grad(lambda x, w: (x * w).square().sum())), y3, y3)
+y10, y11 = y3.min(0)
+y3.data = y10.detach()
+""",
+    "repair_leaves_what_was_rebound_and_then_written_to_pytorch": """
+a2 = torch.nn.Parameter(grid(3, 4))
+y3 = Viewed.apply(a2 * 1)
+y3.data = y3 * 2
+y5 = y3.clone().mul_(a2)
+with torch.inference_mode(): F.threshold(y3, 0.0, 1.0, inplace=True)
+y6 = F.huber_loss(y5, y5)
+o7 = torch.optim.NAdam([a2])
+if a2.grad is None: a2.grad = torch.ones_like(a2)
+o7.step()
+(y6.sum() + y6.sum()).backward()
+""",
+    "gradient_of_nothing_is_what_was_saved": """
+a8 = grid(0, 4, dtype=torch.float16).requires_grad_()
+y11 = a8.cummax(-1).values
+y11.sum().backward(retain_graph=True)
+y11.pow(2).sum().backward(retain_graph=True)
+(y11 * y11.detach()).sum().backward()
+""",
+    "write_to_nothing_is_refused": """
+a8 = grid(0, 4, dtype=torch.float16).requires_grad_()
+y11 = a8.cummax(-1).values
+with torch.no_grad(): a8.mul_(2)
+y11.sum().backward()
+""",
+    "compiled_output_is_written_and_differentiated_twice": """
+a2 = torch.nn.Parameter(grid(4, 4).mT)
+y3 = region(made_by("aot_eager", written_inside), a2, a2)
+torch.nn.init.zeros_(torch.from_dlpack(y3.data))
+g13 = torch.autograd.grad(y3.sum(), a2, create_graph=True)[0]
+g14 = torch.autograd.grad(g13.sum(), y3, allow_unused=True, materialize_grads=True)[0]
+""",
+    "argument_of_a_checkpoint_is_reshaped_in_place": """
+n4 = bytearray(48)
+a2 = torch.frombuffer(n4, dtype=torch.float32).requires_grad_()
+y5 = Cube.apply(a2)
+y6 = checkpoint(torch.sin, y5, use_reentrant=False)
+y5.unsqueeze_(0)
+y6.backward(torch.ones_like(y6))
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}

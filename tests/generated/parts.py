@@ -95,8 +95,10 @@ def two_results(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def made_by(backend: str, work: Callable[..., Any]) -> Callable[..., Any]:
-    """A function, compiled."""
-    return torch.compile(work, backend=backend, dynamic=False)
+    """A function, compiled: anew for each shape and dtype, however many there are."""
+    function = torch.compile(work, backend=backend, dynamic=False)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+    return function
 
 
 class Cube(torch.autograd.Function):

@@ -15,6 +15,7 @@ import linecache
 import math
 import operator
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -104,6 +105,7 @@ class Outcome:
         results: name of a variable, or of its gradient, and its value.
         error: what ended it, with the number of the line that raised; None where it came to its end.
         alive: names of variables whose tensor outlived the run although nothing of the program refers to it.
+        held: those that are there although no gradient leads back to them (the cycle that ``create_graph=True`` makes).
     """
 
     results: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +113,7 @@ class Outcome:
     line: int = 0
     corruption: bool = False
     alive: list[str] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
 
 
 def run(
@@ -186,6 +189,12 @@ def _take_down(space: dict[str, Any], outcome: Outcome) -> None:
     value = parameter = None
     space.clear()
     outcome.alive = [name for name, hold in held.items() if hold() is not None]
+    for name in outcome.alive:
+        tensor = held[name]()
+        if tensor is not None and tensor.is_leaf:
+            tensor.grad = None
+        del tensor
+    outcome.held = [name for name in outcome.alive if held[name]() is not None]
 
 
 def taken_down(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -203,8 +212,16 @@ def same_bits(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def differ(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """The names whose values are clearly not the same numbers."""
-    return [name for name in {**a, **b} if name not in a or name not in b or not _same(a[name], b[name], exact=False)]
+    """The names whose values are clearly not the same numbers. (Versions are counted anew where a copy stands in.)"""
+    return [
+        name
+        for name in {**a, **b}
+        if name not in a or name not in b or not (_is_version(name) or _same(a[name], b[name], exact=False))
+    ]
+
+
+def _is_version(name: str) -> bool:
+    return name.startswith("v") and name[1:].isdigit()
 
 
 def _same(a: Any, b: Any, exact: bool) -> bool:
@@ -217,8 +234,11 @@ def _same(a: Any, b: Any, exact: bool) -> bool:
         return torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
     if not (x.is_floating_point() or x.is_complex()):
         return torch.equal(x, y)
-    tolerance = 1e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return torch.allclose(x, y, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        # Added up in another order, large numbers that cancel leave something of their own last digit.
+        largest = float(y.float().nan_to_num(0, 0, 0).abs().max()) if y.numel() else 0.0
+        return torch.allclose(x, y, rtol=1e-2, atol=max(1e-4, 1e-2 * largest), equal_nan=True)
+    return torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 @contextlib.contextmanager
@@ -232,6 +252,14 @@ def quiet() -> Any:
 # ---- saves, cloned and recorded -----------------------------------------------------------------------------------
 
 
+def _by_a_checkpoint() -> bool:
+    """Whether a checkpoint keeps its argument: no node of its own comes after that argument's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame.f_code.co_filename == torch.utils.checkpoint.__file__
+
+
 class Save:
     """A save as PyTorch keeps it: an input is the very tensor, an output a detached alias. The check of versions, which
     save hooks switch off, is made here.
@@ -240,13 +268,16 @@ class Save:
     def __init__(self, tensor: torch.Tensor, is_output: bool | None = None) -> None:
         node = tensor.grad_fn
         if is_output is None:
-            is_output = node is not None and node._sequence_nr() == torch._C._autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+            latest = torch._C._autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+            is_output = node is not None and node._sequence_nr() == latest and not _by_a_checkpoint()
         self.tensor = tensor.detach() if is_output else tensor
+        #: What backward is given, and what has the version that PyTorch compares.
+        self.given = self.counter = self.tensor
         #: None where PyTorch compares none.
         self.version: int | None = tensor._version
 
     def check(self) -> None:
-        if self.tensor._version != self.version:
+        if self.counter._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation"
             )
@@ -339,7 +370,7 @@ def _also_under_the_programs_hooks(pair: Hooks, make: Callable[[Hooks], Hooks]) 
 
 def bytes_of(tensor: torch.Tensor) -> Any:
     """The bytes of the elements of a tensor, whatever they mean."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor._is_zerotensor():
         return None
     size = tensor.element_size()
     storage = tensor.untyped_storage()
@@ -366,6 +397,7 @@ class Recorder:
         changed: whether any has, at any moment that was looked at.
         read: whether backward has read one that had.
         touched: whether the bytes of any have changed, in whatever way.
+        closed_over: whether the bytes of anything have changed that a region reads again when backward recomputes it.
         saves: how many there were.
 
     Args:
@@ -378,7 +410,9 @@ class Recorder:
         self.changed = False
         self.read = False
         self.touched = False
+        self.closed_over = False
         self.saves = 0
+        self._again: list[tuple[weakref.ref[torch.Tensor], Any]] = []
 
     def hooks(self) -> AbstractContextManager[Any]:
         """The pair, to run a program under. Under hooks of the program PyTorch compares no versions."""
@@ -396,11 +430,25 @@ class Recorder:
                 save = both[1]
                 # A copy holds what was saved, whatever has become of the memory since.
                 self.read = self.read or (save.is_changed() and bytes_of(result) != save.bytes)
+                # What was reshaped in place is something else, if with the same bytes.
+                self.read = self.read or _meaning(result) != save.meaning
+                self.changed = self.changed or self.read
+                self.touched = self.touched or self.read
                 return result
 
             return pack, unpack
 
         return _also_under_the_programs_hooks((self._pack, self._unpack), under)
+
+    def region(self, work: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+        """Take down what a checkpoint inside closes over: autograd does not save that."""
+        self._again += [(weakref.ref(tensor), bytes_of(tensor)) for tensor in tensors]
+        return work(*tensors)
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """What takes the place of parts of the program."""
+        return {"transformed": self.transformed, "region": self.region}
 
     def transformed(self, work: Callable[..., Any], *tensors: torch.Tensor) -> Any:
         """Record what the nodes save that a transform of torch.func makes: it switches save hooks off."""
@@ -425,11 +473,14 @@ class Recorder:
                 raw, saved = getattr(node, name), getattr(node, name.replace("_raw", ""))
                 for one, tensor in zip(raw, saved, strict=True) if isinstance(raw, tuple) else [(raw, saved)]:
                     if tensor is not None:
-                        is_output = tensor.grad_fn is node
-                        one.register_hooks(lambda x, is_output=is_output: self._pack(x, is_output), self._unpack)
+                        kept = None if tensor.grad_fn is node else tensor
+                        one.register_hooks(lambda x, kept=kept: self._pack(x, kept is None, kept), self._unpack)
 
-    def _pack(self, tensor: torch.Tensor, is_output: bool | None = None) -> _Recorded:
-        save = _Recorded(tensor, is_output)
+    def _pack(self, tensor: torch.Tensor, is_output: bool | None = None, kept: torch.Tensor | None = None) -> _Recorded:
+        """``kept``: the tensor that PyTorch keeps, where it gives an alias of it to the hook."""
+        save = _Recorded(tensor if kept is None else _innermost(kept), is_output)
+        if kept is not None:
+            save.given, save.counter, save.version = tensor, kept, kept._version
         self._live.add(save)
         self.saves += 1
         return save
@@ -440,12 +491,23 @@ class Recorder:
         self.touched = self.touched or save.is_changed(refused=True)
         self.read = self.read or save.is_changed()
         self.changed = self.changed or self.read
-        return save.tensor
+        return save.given
 
     def look(self) -> None:
         """Look at all live saves."""
         self.changed = self.changed or any(save.is_changed() for save in list(self._live))
         self.touched = self.touched or any(save.is_changed(refused=True) for save in list(self._live))
+        self.closed_over = self.closed_over or any(
+            (tensor := hold()) is not None and bytes_of(tensor) != before for hold, before in self._again
+        )
+
+
+def _innermost(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the memory that is behind a wrapper of torch.func."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _meaning(tensor: torch.Tensor) -> Any:
@@ -460,6 +522,6 @@ class _Recorded(Save):
 
     def is_changed(self, refused: bool = False) -> bool:
         """Whether it has other bytes now, or lies elsewhere; ``refused``: also where PyTorch would refuse it."""
-        return (refused or self.version is None or self.tensor._version == self.version) and (
+        return (refused or self.version is None or self.counter._version == self.version) and (
             bytes_of(self.tensor) != self.bytes or _meaning(self.tensor) != self.meaning
         )
