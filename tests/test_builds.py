@@ -84,6 +84,52 @@ with torchguard.strict():
     except torchguard.SavedTensorCorruptionError:
         print("caught")
 """,
+    "a guard left in another thread takes its pair along when the first thread comes by again": """
+import threading
+def push_and_pop():
+    return torch._C._autograd._push_saved_tensors_default_hooks, torch._C._autograd._pop_saved_tensors_default_hooks
+found = push_and_pop()
+guard = torchguard.strict()
+guard.__enter__()
+leaving = threading.Thread(target=guard.__exit__, args=(None, None, None))
+leaving.start()
+leaving.join()
+with saved_tensors_hooks(pack, lambda tensor: tensor):  # nobody is on guard, and it lies above
+    with torchguard.strict() as guard:
+        try:
+            corrupt()
+        except torchguard.SavedTensorCorruptionError:
+            print("caught")
+    assert guard.unwatched == [] and len(packed) == 1
+    leaf().exp()
+    assert len(packed) == 2
+assert not _torch.hides_hooks()
+assert push_and_pop() == found
+""",
+    "work that outlives the guard that it was begun under": """
+import threading
+def push_and_pop():
+    return torch._C._autograd._push_saved_tensors_default_hooks, torch._C._autograd._pop_saved_tensors_default_hooks
+found = push_and_pop()
+begun, go = threading.Event(), threading.Event()
+def work():
+    begun.set()
+    go.wait()
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(1) as pool:
+    with torchguard.strict():
+        working = pool.submit(work)
+        begun.wait()
+    go.set()
+    working.result()
+    assert not pool.submit(_torch.hides_hooks).result()
+    with torchguard.strict() as guard:
+        try:
+            pool.submit(corrupt).result()
+        except torchguard.SavedTensorCorruptionError:
+            print("caught")
+assert guard.unwatched == [] and push_and_pop() == found
+""",
     "torch.func switches hooks off and on again": """
 with torchguard.strict():
     assert torch.equal(torch.func.grad(lambda x: x.exp().sum())(torch.zeros(2)), torch.ones(2))

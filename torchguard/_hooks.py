@@ -18,10 +18,44 @@ import torch
 from torchguard import _functorch, _memory, _policy, _torch
 from torchguard._hooked import compose, program_of
 from torchguard._packing import make_pack
+from torchguard._patching import Patch, lock
 from torchguard._reads import collecting, collector, unpack
 from torchguard._torch import Hooks
 
 _ours: set[int] = set()
+
+
+# Note [Notes outlive a guard]. Where torch does not show a stack of hooks, what is pushed and popped is written down
+# (see ``_torch``) as long as torch is patched, and longer if a guard's pair is on some thread's stack still: a guard
+# may be left in another thread than it was entered in, or while a pool works on what was handed to it inside.
+
+_noting = [
+    Patch(module, name, noting(getattr(module, name)), rank=-1)
+    for places, noting in ((_torch.HOOK_PUSHES, _torch.noting_push), (_torch.HOOK_POPS, _torch.noting_pop))
+    for module, name in places
+    if not _torch.SHOWS_HOOKS
+]
+_noted_for: set[object] = set()
+
+
+def take_notes(reader: object) -> None:
+    """Write down from now on what is pushed and popped: ``reader`` will look for a pair of hooks."""
+    with lock:
+        if not _noted_for:
+            _torch.forget_noted_hooks()
+            for patch in _noting:
+                patch.install()
+        _noted_for.add(reader)
+
+
+def take_no_notes(reader: object) -> None:
+    """Undo :func:`take_notes`; after the last reader nothing is written down."""
+    with lock:
+        _noted_for.discard(reader)
+        if not _noted_for:
+            for patch in _noting:
+                patch.restore()
+            _torch.forget_noted_hooks()
 
 
 class _Lifted(threading.local):
@@ -42,8 +76,15 @@ def abandon(pair: Hooks, thread: int) -> None:
 
 
 def _clear_stale() -> None:
+    if not _stale:
+        return
     for pair in _stale.pop(threading.get_ident(), []):
         remove(pair)
+    alive = {thread.ident for thread in threading.enumerate()}
+    for thread, pairs in list(_stale.items()):
+        if thread not in alive:
+            for pair in pairs:
+                take_no_notes(id(pair[0]))
 
 
 def push(audits: bool = False) -> Hooks:
@@ -51,6 +92,7 @@ def push(audits: bool = False) -> Hooks:
     _clear_stale()
     pair = (make_pack(audits=audits), unpack)
     _ours.add(id(pair[0]))
+    take_notes(id(pair[0]))
     if _torch.hooks_enabled():
         if _torch.hides_hooks():
             _policy.note_unwatched(
@@ -68,12 +110,17 @@ def remove(pair: Hooks) -> None:
     """Take a pair off this thread's stack, wherever it lies on it."""
     _clear_stale()
     if _torch.hooks_enabled() and _restack(lambda pairs: [other for other in pairs if other[0] is not pair[0]]):
-        _ours.discard(id(pair[0]))
+        _forget(pair)
         return
     _lifted.pairs[:] = [other for other in _lifted.pairs if other[0] is not pair[0]]
     if not _lifted.pairs:
         _functorch.stop()
+    _forget(pair)
+
+
+def _forget(pair: Hooks) -> None:
     _ours.discard(id(pair[0]))
+    take_no_notes(id(pair[0]))
 
 
 def _restack(change: Callable[[list[Hooks]], list[Hooks]]) -> bool:

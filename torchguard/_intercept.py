@@ -547,7 +547,7 @@ def install() -> None:
         if _installed == 0:
             prepare()
             EXPORTS.renew()
-            _torch.forget_noted_hooks()
+            _hooks.take_notes("what is patched")
             try:
                 for patch in _patches:
                     patch.install()
@@ -578,7 +578,7 @@ def _restore() -> None:
 
 
 def _put_back() -> None:
-    _torch.forget_noted_hooks()
+    _hooks.take_no_notes("what is patched")
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
     for patch in reversed([*_patches, *_compiler_patches]):

@@ -495,7 +495,7 @@ SHOWS_HOOKS = _top is not None
 
 
 # Note [A stack that is not shown]. Torch 2.5 to 2.7 do not tell which hooks are on the stack. What is pushed and
-# popped while torch is patched is written down there; pairs that were pushed before lie below, and are never touched.
+# popped while ``_hooks`` takes notes is written down; pairs that were pushed before lie below, and are never touched.
 
 
 class _Noted(threading.local):
@@ -509,7 +509,7 @@ _era = 0
 
 
 def forget_noted_hooks() -> None:
-    """Torch is patched from now on, or no more: what the threads had pushed until now is not looked at any more."""
+    """Notes are taken from now on, or no more: what the threads had pushed until now is not looked at any more."""
     global _era
     _era += 1
 
