@@ -130,6 +130,19 @@ with ThreadPoolExecutor(1) as pool:
             print("caught")
 assert guard.unwatched == [] and push_and_pop() == found
 """,
+    "a thread that never ends": """
+import threading
+def push_and_pop():
+    return torch._C._autograd._push_saved_tensors_default_hooks, torch._C._autograd._pop_saved_tensors_default_hooks
+found = push_and_pop()
+with torchguard.strict():
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    try:
+        corrupt()
+    except torchguard.SavedTensorCorruptionError:
+        print("caught")
+assert push_and_pop() == found
+""",
     "torch.func switches hooks off and on again": """
 with torchguard.strict():
     assert torch.equal(torch.func.grad(lambda x: x.exp().sum())(torch.zeros(2)), torch.ones(2))

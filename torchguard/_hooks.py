@@ -27,7 +27,8 @@ _ours: set[int] = set()
 
 # Note [Notes outlive a guard]. Where torch does not show a stack of hooks, what is pushed and popped is written down
 # (see ``_torch``) as long as torch is patched, and longer if a guard's pair is on some thread's stack still: a guard
-# may be left in another thread than it was entered in, or while a pool works on what was handed to it inside.
+# may be left in another thread than it was entered in, or while a pool works on what was handed to it inside. The pair
+# that a thread has from its start to its end is not waited for: some never end, and torch must be as it was found.
 
 _noting = [
     Patch(module, name, noting(getattr(module, name)), rank=-1)
@@ -87,12 +88,18 @@ def _clear_stale() -> None:
                 take_no_notes(id(pair[0]))
 
 
-def push(audits: bool = False) -> Hooks:
-    """Push a new pair of hooks onto this thread's stack, and return it; ``audits``: one that keeps the bytes."""
+def push(audits: bool = False, to_the_end: bool = False) -> Hooks:
+    """Push a new pair of hooks onto this thread's stack, and return it.
+
+    Args:
+        audits: whether it keeps the bytes.
+        to_the_end: whether nothing will run in this thread once the pair is removed.
+    """
     _clear_stale()
     pair = (make_pack(audits=audits), unpack)
     _ours.add(id(pair[0]))
-    take_notes(id(pair[0]))
+    if not to_the_end:
+        take_notes(id(pair[0]))
     if _torch.hooks_enabled():
         if _torch.hides_hooks():
             _policy.note_unwatched(
@@ -259,15 +266,15 @@ every_call: list[Callable[[], None]] = []
 
 
 @contextmanager
-def under(guards: Sequence[_policy.Respondent]) -> Iterator[None]:
-    """Run a block under those of another thread's guards that are still on."""
+def under(guards: Sequence[_policy.Respondent], to_the_end: bool = False) -> Iterator[None]:
+    """Run a block, or ``to_the_end`` of this thread, under those of another thread's guards that are still on."""
     adopted = _policy.still_entered(guards)
     if not adopted:
         yield
         return
     before = list(_policy.state.guards)
     _policy.adopt(adopted)
-    pair = push(adopted[-1].audits)
+    pair = push(adopted[-1].audits, to_the_end)
     begin, end = every_call if any(guard.sees_every_call for guard in adopted) else (_nothing, _nothing)
     begin()
     try:
@@ -297,7 +304,7 @@ def start_thread(original: Any, thread: threading.Thread, args: tuple[Any, ...],
 
     def run_guarded() -> None:
         put_back()
-        with under(guards):
+        with under(guards, to_the_end=True):
             run()
 
     thread.run = run_guarded  # type: ignore[method-assign]
