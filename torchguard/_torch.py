@@ -146,12 +146,24 @@ _set_counter = getattr(_autograd, "_unsafe_set_version_counter", None)
 CAN_PROBE_COUNTERS = _set_counter is not None
 
 
+def _sets_several() -> bool:
+    try:
+        _set_counter((torch.empty(0),), (0,))  # type: ignore[misc]
+    except TypeError:  # a tensor and an int, up to 2.5
+        return False
+    return True
+
+
+#: Whether it takes several tensors. Not to be tried at each call: the error of a wrong one shows the tensor's values.
+SETS_SEVERAL_COUNTERS = CAN_PROBE_COUNTERS and _sets_several()
+
+
 def set_version(tensor: torch.Tensor, version: int) -> None:
     """Set the version counter of ``tensor``, and with it that of everything that shares the counter."""
     assert _set_counter is not None
-    try:
+    if SETS_SEVERAL_COUNTERS:
         _set_counter((tensor,), (version,))
-    except TypeError:  # a tensor and an int up to 2.5
+    else:
         _set_counter(tensor, version)
 
 
