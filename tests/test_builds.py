@@ -67,6 +67,22 @@ except RuntimeError:
 else:
     raise AssertionError("a pair is left")
 """,
+    "what is written under hooks from before the guard is refused in PyTorch's own words": """
+import warnings
+warnings.simplefilter("ignore")
+def refusal():
+    y = leaf().exp()
+    y.mul_(2)
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        return type(error), str(error)
+expected = refusal()
+with saved_tensors_hooks(lambda tensor: tensor * 1, lambda tensor: tensor):
+    with torchguard.strict():
+        assert refusal() == expected, (refusal(), expected)
+        print("caught")
+""",
     "a guard that leaves first takes its own pair": """
 guard = torchguard.strict()
 guard.__enter__()

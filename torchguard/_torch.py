@@ -640,13 +640,20 @@ def remove_hooks(pair: Hooks) -> int:
     return found
 
 
+#: Have torch save, in this thread, as if there were no hooks, and no longer; what it was told before.
+_pass_over_hooks: Callable[[bool], bool] = getattr(_autograd, "_saved_tensors_hooks_set_tracing", lambda passing: False)
+
+
 @contextmanager
 def without_hooks() -> Iterator[None]:
     """Run a block with this thread's save hooks lifted: what it saves is saved the way plain PyTorch does."""
     lifted = lift_hooks()
+    before = False if SHOWS_HOOKS else _pass_over_hooks(True)  # those that nobody has seen being pushed
     try:
         yield
     finally:
+        if not SHOWS_HOOKS:
+            _pass_over_hooks(before)
         for pair in reversed(lifted):
             _push(*pair)
 
