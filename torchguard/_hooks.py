@@ -42,11 +42,12 @@ _noted_for: set[object] = set()
 def take_notes(reader: object) -> None:
     """Write down from now on what is pushed and popped: ``reader`` will look for a pair of hooks."""
     with lock:
-        if not _noted_for:
+        first = not _noted_for
+        _noted_for.add(reader)
+        if first:
             _torch.forget_noted_hooks()
             for patch in _noting:
                 patch.install()
-        _noted_for.add(reader)
 
 
 def take_no_notes(reader: object) -> None:
@@ -98,8 +99,17 @@ def push(audits: bool = False, to_the_end: bool = False) -> Hooks:
     _clear_stale()
     pair = (make_pack(audits=audits), unpack)
     _ours.add(id(pair[0]))
-    if not to_the_end:
-        take_notes(id(pair[0]))
+    try:
+        if not to_the_end:
+            take_notes(id(pair[0]))
+        _put(pair)
+    except BaseException:
+        _forget(pair)
+        raise
+    return pair
+
+
+def _put(pair: Hooks) -> None:
     if _torch.hooks_enabled():
         if _torch.hides_hooks():
             _policy.note_unwatched(
@@ -110,7 +120,6 @@ def push(audits: bool = False, to_the_end: bool = False) -> Hooks:
     else:  # inside torch.func: nothing can be pushed until it is left
         _lifted.pairs.append(pair)
         _functorch.start()
-    return pair
 
 
 def remove(pair: Hooks) -> None:

@@ -547,8 +547,8 @@ def install() -> None:
         if _installed == 0:
             prepare()
             EXPORTS.renew()
-            _hooks.take_notes("what is patched")
             try:
+                _hooks.take_notes("what is patched")
                 for patch in _patches:
                     patch.install()
                 _patch_the_compiler()
