@@ -99,7 +99,10 @@ def _holders_count() -> bool:
     return node is not None and sys.getrefcount(tensor) > before
 
 
-if not TYPE_CHECKING and not _holders_count():
+#: Whether what torch alone holds counts as a reference of Python's.
+HOLDERS_COUNT = _holders_count()
+
+if not TYPE_CHECKING and not HOLDERS_COUNT:
     ref = _Telling
 
 
