@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from adabelief_pytorch import AdaBelief
 from came_pytorch import CAME
-from dadaptation import DAdaptAdaGrad, DAdaptAdam, DAdaptLion, DAdaptSGD
+from dadaptation import DAdaptAdaGrad, DAdaptAdam, DAdaptSGD
 from others_data import batches, perceptron, state
 from prodigyopt import Prodigy
 from schedulefree import AdamWScheduleFree, SGDScheduleFree
@@ -14,8 +14,7 @@ KINDS = (
     lambda on: Prodigy(on, weight_decay=0.01, safeguard_warmup=True),
     lambda on: DAdaptAdam(on, decouple=True, weight_decay=0.01),
     lambda on: DAdaptSGD(on, momentum=0.9, weight_decay=0.01),
-    lambda on: DAdaptAdaGrad(on, momentum=0.9),
-    lambda on: DAdaptLion(on, weight_decay=0.01),
+    lambda on: DAdaptAdaGrad(on, momentum=0.9, eps=1e-6),
     lambda on: CAME(on, lr=1e-3, weight_decay=0.01),
     lambda on: AdaBelief(on, lr=1e-3, rectify=True, weight_decay=0.01, amsgrad=True, print_change_log=False),
     lambda on: AdamWScheduleFree(on, lr=1e-2, weight_decay=0.01),
