@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -55,6 +56,11 @@ VALUES = [[-2.5, -1.25, -0.5, 0.75], [0.3, 1.2, 2.5, 3.0], [-0.1, 0.6, -1.7, 4.0
 # ---- a program and its run ----------------------------------------------------------------------------------------
 
 
+def no_lack() -> str:
+    """For programs that every torch can run."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Program:
     """One case of the catalogue.
@@ -77,6 +83,7 @@ class Program:
         repairable: whether repair() can hand backward what was saved; where it cannot, it must raise or let PyTorch refuse.
             None as the route has it.
         read_in_vain: for an unread program: backward reads the save all the same, and nothing comes of it.
+        lacks: what this build of torch lacks for it, in words; empty where it lacks nothing.
     """
 
     name: str
@@ -94,6 +101,7 @@ class Program:
     read_in_vain: bool = False
     repairable: bool | None = None
     only_audit: bool = False
+    lacks: Callable[[], str] = no_lack
 
     @property
     def can_be_repaired(self) -> bool:
@@ -131,6 +139,7 @@ def add(
     read_in_vain: bool = False,
     repairable: bool | None = None,
     only_audit: bool = False,
+    lacks: Callable[[], str] = no_lack,
 ) -> Program:
     """Put a program into the catalogue."""
     twins = (twin_of,) if isinstance(twin_of, str) else tuple(twin_of)
@@ -150,6 +159,7 @@ def add(
         read_in_vain,
         repairable,
         only_audit,
+        lacks,
     )
     PROGRAMS.append(found)
     return found
@@ -422,10 +432,34 @@ def _cloning() -> AbstractContextManager[Any]:
     return _under_the_programs_hooks(pair)
 
 
-#: For programs that push save hooks and enter a guard inside.
-needs_shown_hooks = pytest.mark.skipif(
-    not _torch.SHOWS_HOOKS, reason="this torch does not show hooks that were pushed before the guard"
-)
+def lacks_shown_hooks() -> str:
+    """For programs that push save hooks and enter a guard inside."""
+    return "" if _torch.SHOWS_HOOKS else "this torch does not show hooks that were pushed before the guard"
+
+
+def lacks_blocks_of_several() -> str:
+    """For programs that have the counters of several tensors put back."""
+    return "" if _torch.PRESERVES_SEVERAL else "a block of this torch preserves one tensor"
+
+
+@functools.cache
+def lacks_writable_capsules() -> str:
+    """For programs that write to what NumPy makes of a DLPack capsule."""
+    writable = np.from_dlpack(torch.ones(1)).flags.writeable  # type: ignore[arg-type]
+    return "" if writable else "this torch's capsules are read-only arrays in NumPy"
+
+
+@functools.cache
+def lacks_versioned_capsules() -> str:
+    """For programs that ask for a DLPack capsule of a version."""
+    try:
+        torch.ones(1).__dlpack__(max_version=(1, 0))
+    except TypeError:
+        return "this torch's capsules have no version"
+    return ""
+
+
+needs_shown_hooks = pytest.mark.skipif(bool(lacks_shown_hooks()), reason=lacks_shown_hooks())
 
 
 def program_hooks() -> Hooks | None:
@@ -514,8 +548,15 @@ def computed_kind(case: Program) -> Kind:
     return "unread" if recorded(case).changed else "innocent"
 
 
+def skip_what_is_lacking(case: Program) -> None:
+    """Skip the test of a program that this build of torch cannot run, or not as it is meant."""
+    if lacking := case.lacks():
+        pytest.skip(lacking)
+
+
 def check_kind(case: Program) -> None:
     """The program is what it says it is."""
+    skip_what_is_lacking(case)
     plain = plain_run(case)
     found = computed_kind(case)
     assert found == case.kind, f"{case} is {found}: {plain.error or plain.results}"
@@ -747,6 +788,7 @@ def check_guarded(case: Program, mode: Mode) -> None:
 
 def check_all_modes(case: Program, modes: Iterable[Mode] = MODES) -> None:
     """The program under every mode; what fails is said with the mode's name."""
+    skip_what_is_lacking(case)
     failed = []
     for mode in modes:
         try:

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_aliases", "_exports", "_inputs", "_memory", "_overlap", "_packing", "_places", "_policy", "_reads",
         "_rereads", "_saves", "_torch", "_verdict", "_violation",
     },
-    "_hooks": {"_functorch", "_hooked", "_memory", "_packing", "_policy", "_reads", "_torch"},
+    "_hooks": {"_functorch", "_hooked", "_memory", "_packing", "_patching", "_policy", "_reads", "_torch"},
     "_inputs": {"_memory", "_torch"},
     "_intercept": {
         "_aliases", "_collectives", "_compiled", "_exports", "_fast", "_hooked", "_hooks", "_inputs", "_interchange",

@@ -67,6 +67,22 @@ except RuntimeError:
 else:
     raise AssertionError("a pair is left")
 """,
+    "what is written under hooks from before the guard is refused in PyTorch's own words": """
+import warnings
+warnings.simplefilter("ignore")
+def refusal():
+    y = leaf().exp()
+    y.mul_(2)
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        return type(error), str(error)
+expected = refusal()
+with saved_tensors_hooks(lambda tensor: tensor * 1, lambda tensor: tensor):
+    with torchguard.strict():
+        assert refusal() == expected, (refusal(), expected)
+        print("caught")
+""",
     "a guard that leaves first takes its own pair": """
 guard = torchguard.strict()
 guard.__enter__()
@@ -83,6 +99,65 @@ with torchguard.strict():
         corrupt()
     except torchguard.SavedTensorCorruptionError:
         print("caught")
+""",
+    "a guard left in another thread takes its pair along when the first thread comes by again": """
+import threading
+def push_and_pop():
+    return torch._C._autograd._push_saved_tensors_default_hooks, torch._C._autograd._pop_saved_tensors_default_hooks
+found = push_and_pop()
+guard = torchguard.strict()
+guard.__enter__()
+leaving = threading.Thread(target=guard.__exit__, args=(None, None, None))
+leaving.start()
+leaving.join()
+with saved_tensors_hooks(pack, lambda tensor: tensor):  # nobody is on guard, and it lies above
+    with torchguard.strict() as guard:
+        try:
+            corrupt()
+        except torchguard.SavedTensorCorruptionError:
+            print("caught")
+    assert guard.unwatched == [] and len(packed) == 1
+    leaf().exp()
+    assert len(packed) == 2
+assert not _torch.hides_hooks()
+assert push_and_pop() == found
+""",
+    "work that outlives the guard that it was begun under": """
+import threading
+def push_and_pop():
+    return torch._C._autograd._push_saved_tensors_default_hooks, torch._C._autograd._pop_saved_tensors_default_hooks
+found = push_and_pop()
+begun, go = threading.Event(), threading.Event()
+def work():
+    begun.set()
+    go.wait()
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(1) as pool:
+    with torchguard.strict():
+        working = pool.submit(work)
+        begun.wait()
+    go.set()
+    working.result()
+    assert not pool.submit(_torch.hides_hooks).result()
+    with torchguard.strict() as guard:
+        try:
+            pool.submit(corrupt).result()
+        except torchguard.SavedTensorCorruptionError:
+            print("caught")
+assert guard.unwatched == [] and push_and_pop() == found
+""",
+    "a thread that never ends": """
+import threading
+def push_and_pop():
+    return torch._C._autograd._push_saved_tensors_default_hooks, torch._C._autograd._pop_saved_tensors_default_hooks
+found = push_and_pop()
+with torchguard.strict():
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    try:
+        corrupt()
+    except torchguard.SavedTensorCorruptionError:
+        print("caught")
+assert push_and_pop() == found
 """,
     "torch.func switches hooks off and on again": """
 with torchguard.strict():

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from harness import lacks_writable_capsules
 from torch.utils import dlpack
 
 import torchguard
@@ -29,9 +30,7 @@ from torchguard._saves import LEDGER
 copy.copy(torch.ones(()))  # the first copy has Python cache what it finds, on the class
 
 
-writes_through_dlpack = pytest.mark.skipif(
-    not np.from_dlpack(torch.ones(1)).flags.writeable, reason="this torch's capsules are read-only arrays in NumPy"
-)
+writes_through_dlpack = pytest.mark.skipif(bool(lacks_writable_capsules()), reason=lacks_writable_capsules())
 
 
 def saves() -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import others
@@ -125,6 +126,27 @@ def test_a_suite_is_compared_name_by_name() -> None:
     told = others.judge_suite(Suite("package", (), (), {"a": "why"}), "1", {"a": "passed"}, {"a": "failed"}, ("x",))
     assert (told.ok, told.said, told.why) == (True, "1 passed; 1 of them refused, explained", "why")
     assert others.judge_suite(suite, "1", {}, {}, ()).said == "no test ran"
+
+
+class _OutOfReach(others.Environment):
+    def install(self, requirements: Sequence[str]) -> str | None:
+        return f"no {requirements[0]} on this index"
+
+
+def test_what_cannot_be_installed_is_not_as_it_must_be() -> None:
+    place = _OutOfReach(None, sys.executable)
+    one = others.try_training(place, Training(Path("x.py"), ("package>=1",), "about"), ["strict"])
+    assert (one.ok, one.said) == (False, "cannot be installed here: no package>=1 on this index")
+    suite = others.try_suite(place, Suite("package", ("tests",)))
+    assert (suite.ok, suite.said) == (False, "cannot be run here: no package on this index")
+
+
+def test_what_a_training_holds_to_a_version_the_pins_do_not(tmp_path: Path) -> None:
+    pins = tmp_path / "pins.txt"
+    pins.write_text("# pins\nnumpy==2.2.6 ; python_version < '3.11'\nset_up.tools==84.2.1\ntorch==2.13.0\n")
+    assert others.pins_beside(("package[a]", "Set-Up_Tools<81", "torch"), pins) == (
+        "# pins\nnumpy==2.2.6 ; python_version < '3.11'\ntorch==2.13.0\n"
+    )
 
 
 def test_the_page_is_written_from_what_was_kept(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Found, hook_stack
+from harness import needs_shown_hooks
 from torch.autograd.graph import save_on_cpu
 
 from torchguard import Guard, SavedTensorCorruptionError, _policy, _torch, allow, strict, warn
@@ -261,6 +262,7 @@ def test_a_reason_to_allow_holds_for_the_thread_that_gave_it(executor: ThreadPoo
     assert [violation.allowed for violation in guard.allowed] == ["in the pool"]
 
 
+@needs_shown_hooks
 def test_hooks_of_the_program_in_a_pool_thread(executor: ThreadPoolExecutor) -> None:
     stack: list[Any] = []
 

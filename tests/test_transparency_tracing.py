@@ -81,8 +81,13 @@ def test_a_graph_traced_under_the_guard_is_used_after_it() -> None:
     torch.save(inside, file)
     assert b"wrapt" not in file.getvalue()
     assert b"torchguard" not in file.getvalue()
-    replaced = torch.fx.subgraph_rewriter.replace_pattern(inside, lambda t: torch.relu_(t), lambda t: torch.tanh(t))
-    assert len(replaced) == 1
+
+    def replaced(graph: torch.fx.GraphModule) -> int:
+        rewrite = torch.fx.subgraph_rewriter.replace_pattern
+        return len(rewrite(graph, lambda t: torch.relu_(t), lambda t: torch.tanh(t)))
+
+    # Torch 2.5 refuses it, since nothing takes the result of relu_; later ones do it.
+    assert attempt(replaced, inside) == attempt(replaced, symbolic_trace(module))
 
 
 @transparent

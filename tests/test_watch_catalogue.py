@@ -26,6 +26,7 @@ from harness import (
     plain_run,
     row_of,
     same_bits,
+    skip_what_is_lacking,
 )
 
 import torchguard
@@ -110,6 +111,7 @@ def _without_versions(text: str) -> str:
 
 def check_watched(case: Program) -> None:
     """watch() does with the program what it must."""
+    skip_what_is_lacking(case)
     plain = plain_run(case)
     verdict = VERDICTS[row_of(case)]["watch"]
     before = _TorchAsItIs()

@@ -38,6 +38,8 @@ ORDER = (
     "rebound_parameters",
     "spectral_norm",
     "codebook",
+    "adaptive_penalty",
+    "learnable_fake_quantize",
     "numpy_memory",
     "fused_optimizer",
     "batch_norm",

@@ -47,6 +47,8 @@ MODES = {
 }
 #: How long one training, one suite may take, and one installation, in seconds.
 _TRAINING, _SUITE, _INSTALLATION = 300, 2400, 600
+#: What ends the name in a requirement.
+_END_OF_NAME = r"[\s\[<>=!~;]"
 #: So many alarms of one training stand on the page.
 _SHOWN = 4
 
@@ -77,7 +79,7 @@ class Training:
     @property
     def package(self) -> str:
         """The package that it is about, without a version."""
-        return re.split(r"[\s\[<>=!~;]", self.requires[0])[0]
+        return re.split(_END_OF_NAME, self.requires[0])[0]
 
 
 @dataclass(frozen=True)
@@ -487,10 +489,24 @@ class Environment:
         return output.strip() if code == 0 else ""
 
     def _pip(self, *arguments: str) -> str | None:
-        pins = ("-c", str(ROOT / "constraints.txt"))
         command = [self.python, "-m", "pip", arguments[0], "--disable-pip-version-check", "-qq", "--prefer-binary"]
-        code, output = _call([*command, *pins, *arguments[1:]], None, _INSTALLATION, ROOT)
+        with tempfile.TemporaryDirectory() as folder:
+            pins = Path(folder, "constraints.txt")
+            pins.write_text(pins_beside(arguments[1:], ROOT / "constraints.txt"), encoding="utf-8")
+            code, output = _call([*command, "-c", str(pins), *arguments[1:]], None, _INSTALLATION, ROOT)
         return _last_error(output) if code else None
+
+
+def pins_beside(requirements: Sequence[str], pins: Path) -> str:
+    """The pins of what is not held to a version by ``requirements`` themselves: old packages need an old setuptools."""
+    held = {_name_of(one) for one in requirements if re.search("[<>=!~]", one)}
+    lines = pins.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if _name_of(line) not in held)
+
+
+def _name_of(requirement: str) -> str:
+    """The project that a requirement names, as indexes spell it."""
+    return re.sub(r"[-_.]+", "-", re.split(_END_OF_NAME, requirement)[0]).lower()
 
 
 def _last_error(output: str) -> str:
@@ -507,7 +523,7 @@ def try_training(environment_: Environment, training: Training, modes: Sequence[
     wrong = environment_.install(training.requires)
     if wrong is not None:
         said = f"cannot be installed here: {wrong}"
-        return Verdict(training.path.stem, training.package, "", training.about, said)
+        return Verdict(training.path.stem, training.package, "", training.about, said, ok=False)
     with Runner(environment_.python, training) as runner:
         plain = runner.run(training, None)
         truth = runner.run(training, None, cloned=True) if training.cloned else plain
@@ -532,7 +548,7 @@ def try_suite(environment_: Environment, suite: Suite) -> Verdict:
     version = environment_.version(suite.package)
     sources: Path | str = wrong if wrong is not None else environment_.sources(suite.package, version)
     if isinstance(sources, str):
-        return Verdict("tests", suite.package, version, about, f"cannot be run here: {sources}")
+        return Verdict("tests", suite.package, version, about, f"cannot be run here: {sources}", ok=False)
     found: dict[str | None, dict[str, str]] = {}
     alarms: tuple[str, ...] = ()
     for mode in (None, "strict"):

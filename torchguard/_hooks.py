@@ -18,10 +18,46 @@ import torch
 from torchguard import _functorch, _memory, _policy, _torch
 from torchguard._hooked import compose, program_of
 from torchguard._packing import make_pack
+from torchguard._patching import Patch, lock
 from torchguard._reads import collecting, collector, unpack
 from torchguard._torch import Hooks
 
 _ours: set[int] = set()
+
+
+# Note [Notes outlive a guard]. Where torch does not show a stack of hooks, what is pushed and popped is written down
+# (see ``_torch``) as long as torch is patched, and longer if a guard's pair is on some thread's stack still: a guard
+# may be left in another thread than it was entered in, or while a pool works on what was handed to it inside. The pair
+# that a thread has from its start to its end is not waited for: some never end, and torch must be as it was found.
+
+_noting = [
+    Patch(module, name, noting(getattr(module, name)), rank=-1)
+    for places, noting in ((_torch.HOOK_PUSHES, _torch.noting_push), (_torch.HOOK_POPS, _torch.noting_pop))
+    for module, name in places
+    if not _torch.SHOWS_HOOKS
+]
+_noted_for: set[object] = set()
+
+
+def take_notes(reader: object) -> None:
+    """Write down from now on what is pushed and popped: ``reader`` will look for a pair of hooks."""
+    with lock:
+        first = not _noted_for
+        _noted_for.add(reader)
+        if first:
+            _torch.forget_noted_hooks()
+            for patch in _noting:
+                patch.install()
+
+
+def take_no_notes(reader: object) -> None:
+    """Undo :func:`take_notes`; after the last reader nothing is written down."""
+    with lock:
+        _noted_for.discard(reader)
+        if not _noted_for:
+            for patch in _noting:
+                patch.restore()
+            _torch.forget_noted_hooks()
 
 
 class _Lifted(threading.local):
@@ -42,24 +78,38 @@ def abandon(pair: Hooks, thread: int) -> None:
 
 
 def _clear_stale() -> None:
+    if not _stale:
+        return
     for pair in _stale.pop(threading.get_ident(), []):
         remove(pair)
+    alive = {thread.ident for thread in threading.enumerate()}
+    for thread, pairs in list(_stale.items()):
+        if thread not in alive:
+            for pair in pairs:
+                take_no_notes(id(pair[0]))
 
 
-def push(audits: bool = False) -> Hooks:
-    """Push a new pair of hooks onto this thread's stack, and return it; ``audits``: one that keeps the bytes."""
+def push(audits: bool = False, to_the_end: bool = False) -> Hooks:
+    """Push a new pair of hooks onto this thread's stack, and return it.
+
+    Args:
+        audits: whether it keeps the bytes.
+        to_the_end: whether nothing will run in this thread once the pair is removed.
+    """
     _clear_stale()
     pair = (make_pack(audits=audits), unpack)
     _ours.add(id(pair[0]))
     try:
-        _push(pair)
+        if not to_the_end:
+            take_notes(id(pair[0]))
+        _put(pair)
     except BaseException:
         remove(pair)  # or its identity, which another object may get, would stay
         raise
     return pair
 
 
-def _push(pair: Hooks) -> None:
+def _put(pair: Hooks) -> None:
     if _torch.hooks_enabled():
         if _torch.hides_hooks():
             _policy.note_unwatched(
@@ -76,12 +126,17 @@ def remove(pair: Hooks) -> None:
     """Take a pair off this thread's stack, wherever it lies on it."""
     _clear_stale()
     if _torch.hooks_enabled() and _restack(lambda pairs: [other for other in pairs if other[0] is not pair[0]]):
-        _ours.discard(id(pair[0]))
+        _forget(pair)
         return
     _lifted.pairs[:] = [other for other in _lifted.pairs if other[0] is not pair[0]]
     if not _lifted.pairs:
         _functorch.stop()
+    _forget(pair)
+
+
+def _forget(pair: Hooks) -> None:
     _ours.discard(id(pair[0]))
+    take_no_notes(id(pair[0]))
 
 
 def _restack(change: Callable[[list[Hooks]], list[Hooks]]) -> bool:
@@ -220,15 +275,15 @@ every_call: list[Callable[[], None]] = []
 
 
 @contextmanager
-def under(guards: Sequence[_policy.Respondent]) -> Iterator[None]:
-    """Run a block under those of another thread's guards that are still on."""
+def under(guards: Sequence[_policy.Respondent], to_the_end: bool = False) -> Iterator[None]:
+    """Run a block, or ``to_the_end`` of this thread, under those of another thread's guards that are still on."""
     adopted = _policy.still_entered(guards)
     if not adopted:
         yield
         return
     before = list(_policy.state.guards)
     _policy.adopt(adopted)
-    pair = push(adopted[-1].audits)
+    pair = push(adopted[-1].audits, to_the_end)
     begin, end = every_call if any(guard.sees_every_call for guard in adopted) else (_nothing, _nothing)
     begin()
     try:
@@ -258,7 +313,7 @@ def start_thread(original: Any, thread: threading.Thread, args: tuple[Any, ...],
 
     def run_guarded() -> None:
         put_back()
-        with under(guards):
+        with under(guards, to_the_end=True):
             run()
 
     thread.run = run_guarded  # type: ignore[method-assign]

@@ -591,8 +591,8 @@ def install() -> None:
         if _installed == 0:
             prepare()
             EXPORTS.renew()
-            _torch.forget_noted_hooks()
             try:
+                _hooks.take_notes("what is patched")
                 for patch in _patches:
                     patch.install()
                 _patch_the_compiler()
@@ -622,7 +622,7 @@ def _restore() -> None:
 
 
 def _put_back() -> None:
-    _torch.forget_noted_hooks()
+    _hooks.take_no_notes("what is patched")
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
     for patch in reversed([*_patches, *_compiler_patches]):

@@ -114,7 +114,10 @@ def _holders_count() -> bool:
     return node is not None and sys.getrefcount(tensor) > before
 
 
-if not TYPE_CHECKING and not _holders_count():
+#: Whether what torch alone holds counts as a reference of Python's.
+HOLDERS_COUNT = _holders_count()
+
+if not TYPE_CHECKING and not HOLDERS_COUNT:
     ref = _Telling
 
 
@@ -161,12 +164,24 @@ _set_counter = getattr(_autograd, "_unsafe_set_version_counter", None)
 CAN_PROBE_COUNTERS = _set_counter is not None
 
 
+def _sets_several() -> bool:
+    try:
+        _set_counter((torch.empty(0),), (0,))  # type: ignore[misc]
+    except TypeError:  # a tensor and an int, up to 2.5
+        return False
+    return True
+
+
+#: Whether it takes several tensors. Not to be tried at each call: the error of a wrong one shows the tensor's values.
+SETS_SEVERAL_COUNTERS = CAN_PROBE_COUNTERS and _sets_several()
+
+
 def set_version(tensor: torch.Tensor, version: int) -> None:
     """Set the version counter of ``tensor``, and with it that of everything that shares the counter."""
     assert _set_counter is not None
-    try:
+    if SETS_SEVERAL_COUNTERS:
         _set_counter((tensor,), (version,))
-    except TypeError:  # a tensor and an int up to 2.5
+    else:
         _set_counter(tensor, version)
 
 
@@ -522,7 +537,7 @@ SHOWS_HOOKS = _top is not None
 
 
 # Note [A stack that is not shown]. Torch 2.5 to 2.7 do not tell which hooks are on the stack. What is pushed and
-# popped while torch is patched is written down there; pairs that were pushed before lie below, and are never touched.
+# popped while ``_hooks`` takes notes is written down; pairs that were pushed before lie below, and are never touched.
 
 
 class _Noted(threading.local):
@@ -536,7 +551,7 @@ _era = 0
 
 
 def forget_noted_hooks() -> None:
-    """Torch is patched from now on, or no more: what the threads had pushed until now is not looked at any more."""
+    """Notes are taken from now on, or no more: what the threads had pushed until now is not looked at any more."""
     global _era
     _era += 1
 
@@ -655,13 +670,20 @@ def remove_hooks(pair: Hooks) -> int:
     return found
 
 
+#: Have torch save, in this thread, as if there were no hooks, and no longer; what it was told before.
+_pass_over_hooks: Callable[[bool], bool] = getattr(_autograd, "_saved_tensors_hooks_set_tracing", lambda passing: False)
+
+
 @contextmanager
 def without_hooks() -> Iterator[None]:
     """Run a block with this thread's save hooks lifted: what it saves is saved the way plain PyTorch does."""
     lifted = lift_hooks()
+    before = False if SHOWS_HOOKS else _pass_over_hooks(True)  # those that nobody has seen being pushed
     try:
         yield
     finally:
+        if not SHOWS_HOOKS:
+            _pass_over_hooks(before)
         for pair in reversed(lifted):
             _push(*pair)
 

@@ -43,7 +43,7 @@ RESHAPING = (
     "as_strided_", "resize_", "resize_as_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_",
 )  # fmt: skip
 
-#: These draw random numbers and do not carry torch's tag for it.
+#: These draw random numbers and do not carry torch's tag for it, or not in every build.
 _DRAW = frozenset(
     {
         "alpha_dropout_",
@@ -51,6 +51,7 @@ _DRAW = frozenset(
         "feature_alpha_dropout_",
         "feature_dropout_",
         "rrelu_",
+        "rrelu_with_noise",
         "rrelu_with_noise_",
         "_fill_mem_eff_dropout_mask_",
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Run, add
+from harness import Run, add, no_lack
 
 Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
@@ -67,6 +68,21 @@ def _between(run: Run, function: Callable[..., torch.Tensor], backend: str, writ
     return [x.grad]
 
 
+@functools.cache
+def lacks_ignorance_of_a_stash() -> str:
+    """For programs in which nothing looks at the version of what a Function keeps on its ctx."""
+    x, h = _inputs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = compiled(stashes, "aot_eager")(x, h)
+    h.mul_(2)
+    try:
+        out.sum().backward()
+    except RuntimeError:
+        return "this torch's compiler hands autograd what a Function keeps on its ctx"
+    return ""
+
+
 BETWEEN: dict[str, tuple[Callable[..., torch.Tensor], Write, dict[str, Any]]] = {
     "input_data": (multiplies, lambda x, h, out: h.data.mul_(2), {}),
     "input_slice": (multiplies, lambda x, h, out: h.data[1:].mul_(2), {}),
@@ -94,12 +110,14 @@ LOST: dict[str, tuple[Callable[..., torch.Tensor], Write, dict[str, Any]]] = {
 def _programs(table: dict[str, tuple[Callable[..., torch.Tensor], Write, dict[str, Any]]], backend: str) -> None:
     for name, (function, write, declared) in table.items():
         full = f"compiled_{backend}_{name}"
+        lacks = lacks_ignorance_of_a_stash if function is stashes else no_lack
         add(
             lambda run, f=function, w=write: _between(run, f, backend, w, "before"),
             name=full,
             route=ROUTE,
             kind="corrupting",
             hooks=False,
+            lacks=lacks,
             **({"every_call": "write"} | declared),
         )
         for when in ("after", "on a clone"):
@@ -110,6 +128,7 @@ def _programs(table: dict[str, tuple[Callable[..., torch.Tensor], Write, dict[st
                 kind="innocent",
                 twin_of=full,
                 hooks=False,
+                lacks=lacks,
             )
 
 

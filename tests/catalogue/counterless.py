@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Run, add, program
+from harness import Run, add, lacks_blocks_of_several, no_lack, program
 from torch import nn
 
 Norm = Callable[[], Any]
@@ -525,9 +525,11 @@ def _add_hidden(name: str, hide: Callable[[torch.Tensor], Any]) -> None:
     add(corrupting, name=full, route=PRESERVED, kind="corrupting", caught="read", every_call="read")
     for body in (of_an_output, with_others):
         names.append(f"{full}_{body.__name__}")
-        add(body, name=names[-1], route=PRESERVED, kind="corrupting", caught="read", every_call="read")
+        lacks = lacks_blocks_of_several if body is with_others else no_lack
+        add(body, name=names[-1], route=PRESERVED, kind="corrupting", caught="read", every_call="read", lacks=lacks)
     for twin in (of_another, after_backward, another_part):
-        add(twin, name=f"{full}_{twin.__name__}", route=PRESERVED, kind="innocent", twin_of=names)
+        lacks = lacks_blocks_of_several if twin is of_another else no_lack
+        add(twin, name=f"{full}_{twin.__name__}", route=PRESERVED, kind="innocent", twin_of=names, lacks=lacks)
 
 
 for _name, _hide in HIDDEN.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import VALUES, Run, add, program
+from harness import VALUES, Run, add, lacks_versioned_capsules, lacks_writable_capsules, no_lack, program
 from torch.utils import dlpack
 
 import torchguard
@@ -92,7 +92,12 @@ _LEAVES_NO_TRACE = {
 }
 
 
+_LACKS = {"from_dlpack_by_numpy": lacks_writable_capsules, "dunder_dlpack_versioned": lacks_versioned_capsules}
+
+
 def _exported(name: str, make: Make, write: Write) -> None:
+    lacks = _LACKS.get(name, no_lack)
+
     def after_the_save(run: Run) -> Any:
         w, h = run.leaf(), run.leaf(requires_grad=False)
         out = h * w  # saved
@@ -179,7 +184,8 @@ def _exported(name: str, make: Make, write: Write) -> None:
         f"{name}_of_a_parameter": of_a_parameter,
     }
     for full, body in corrupting.items():
-        add(body, name=f"export_{full}", route=_ROUTE, kind="corrupting", caught="read", every_call=_moment(write))
+        seen = _moment(write)
+        add(body, name=f"export_{full}", route=_ROUTE, kind="corrupting", caught="read", every_call=seen, lacks=lacks)
     if name not in _LEAVES_NO_TRACE:
         full = f"{name}_before_the_guard"
         corrupting[full] = before_the_guard
@@ -191,6 +197,7 @@ def _exported(name: str, make: Make, write: Write) -> None:
             caught="read",
             every_call=_moment(write),
             enters_guard=True,
+            lacks=lacks,
         )
     twins = [after_backward, on_a_copy, on_another_part]
     if write is not _negate_unseen:
@@ -202,6 +209,7 @@ def _exported(name: str, make: Make, write: Write) -> None:
             route=_ROUTE,
             kind="innocent",
             twin_of=[f"export_{full}" for full in corrupting],
+            lacks=lacks,
         )
 
 
@@ -720,6 +728,10 @@ def _elsewhere(name: str, body: Callable[[Run, Write], Any], kind: Any, **declar
     )
 
 
+def _lacks(given_out: str) -> Callable[[], str]:
+    return lacks_writable_capsules if given_out == "given_out_by_dlpack" else no_lack
+
+
 def _under_hooks(pair: str, given_out: str) -> None:
     def body(run: Run, write: Write) -> Any:
         w = run.leaf()
@@ -731,7 +743,8 @@ def _under_hooks(pair: str, given_out: str) -> None:
         out.sum().backward()
         return [w.grad]
 
-    _elsewhere(f"{given_out}_under_hooks_{pair}", body, "innocent" if pair == "copy" else "corrupting")
+    kind = "innocent" if pair == "copy" else "corrupting"
+    _elsewhere(f"{given_out}_under_hooks_{pair}", body, kind, lacks=_lacks(given_out))
 
 
 def _in_a_checkpoint(given_out: str, reentrant: bool, times: int) -> None:
@@ -746,7 +759,9 @@ def _in_a_checkpoint(given_out: str, reentrant: bool, times: int) -> None:
         return [w.grad]
 
     how = "reentrant" if reentrant else "non_reentrant"
-    _elsewhere(f"{given_out}_in_a_{how}_checkpoint_{times}", body, "corrupting", repairable=False)
+    _elsewhere(
+        f"{given_out}_in_a_{how}_checkpoint_{times}", body, "corrupting", repairable=False, lacks=_lacks(given_out)
+    )
 
 
 for _given in GIVEN_OUT:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Moment, Run, add, program
+from harness import Moment, Run, add, lacks_shown_hooks, no_lack, program
 from torch.autograd import Function, grad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -180,6 +180,7 @@ def _before_the_guard(hooks: Hooks, write: Write, late: bool = False) -> Callabl
 _SIDES: dict[str, tuple[Any, bool]] = {"inside": (_after_the_guard, False), "around": (_before_the_guard, True)}
 
 for _side, (_make, _enters) in _SIDES.items():
+    _lacks = lacks_shown_hooks if _enters else no_lack
     for _name, _hooks in {**KEEP, **LEAD_TO}.items():
         _seen_at: Moment = "write" if _name in KEEP else "read"
         _corrupting = []
@@ -202,6 +203,7 @@ for _side, (_make, _enters) in _SIDES.items():
                     every_call=_every_call,
                     exact=_name != "array",
                     enters_guard=_enters,
+                    lacks=_lacks,
                 )
         for _write_name, _write in HARMLESS.items():
             add(
@@ -211,6 +213,7 @@ for _side, (_make, _enters) in _SIDES.items():
                 kind="innocent",
                 twin_of=_corrupting,
                 enters_guard=_enters,
+                lacks=_lacks,
             )
         add(
             _make(_hooks, TRACKED["fill"], late=True),
@@ -218,6 +221,7 @@ for _side, (_make, _enters) in _SIDES.items():
             route=_ROUTE,
             kind="innocent",
             enters_guard=_enters,
+            lacks=_lacks,
         )
     for _name, _hooks in COPY.items():
         for _what, _writes in (("tracked", {**TRACKED, **TRACKED_UNSEEN}), ("silent", SILENT)):
@@ -228,6 +232,7 @@ for _side, (_make, _enters) in _SIDES.items():
                     route=_ROUTE,
                     kind="unread" if (_name, _what) == ("a_copy_beside_itself", "silent") else "innocent",
                     enters_guard=_enters,
+                    lacks=_lacks,
                 )
 
 
@@ -353,6 +358,7 @@ for _at in ("outside", "between", "within"):
             caught=_caught,  # type: ignore[arg-type]
             every_call=_caught,  # type: ignore[arg-type]
             enters_guard=True,
+            lacks=no_lack if _at == "outside" else lacks_shown_hooks,
         )
         add(
             _nested(KEEP["tuple"], COPY["clone"], _writes["fill"], _at),
@@ -361,6 +367,7 @@ for _at in ("outside", "between", "within"):
             kind="innocent",
             twin_of=f"hooks_that_keep_within_hooks_that_copy_{_at}_{_what}",
             enters_guard=True,
+            lacks=no_lack if _at == "outside" else lacks_shown_hooks,
         )
 
 

@@ -275,6 +275,39 @@ def clipped_between_two_losses_made_one_after_the_other(run: Run) -> Any:
     return _state(model)
 
 
+# ---- a weight of a term of the loss that adapts itself ---------------------------------------------------------
+
+
+class _Penalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_of_penalty = nn.Buffer(torch.tensor(0.5))
+
+    def forward(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return _loss(model, x) + self.weight_of_penalty * sum(p.pow(2).sum() for p in model.parameters())  # saved
+
+    def adapt(self) -> None:
+        self.weight_of_penalty.data *= 2.0  # written
+
+
+@program(route="training", kind="corrupting")
+def penalty_adapted_before_backward(run: Run) -> Any:
+    model, penalised = _model(), _Penalised()
+    loss = penalised(model, torch.randn(6, 4))
+    run.write(penalised.adapt)
+    loss.backward()
+    return [p.grad for p in model.parameters()]
+
+
+@program(route="training", kind="innocent", truth="cloned saves", twin_of="penalty_adapted_before_backward")
+def penalty_adapted_after_backward(run: Run) -> Any:
+    model, penalised = _model(), _Penalised()
+    for _ in range(3):
+        penalised(model, torch.randn(6, 4)).backward()
+        run.write(penalised.adapt)
+    return _state(model)
+
+
 # ---- GAN ----------------------------------------------------------------------------------------------------------
 
 
