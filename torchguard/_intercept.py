@@ -342,6 +342,7 @@ def _data() -> Any:
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         storage_id=_torch.storage_id,
+        reference=ref,
         inside_library=_places.inside_library,
         watching=_watch.watching,
         few=FEW_YOUNG,

@@ -366,7 +366,9 @@ meet_aliases(Pack *self, PyObject *storage, PyObject *tensor)
     if (PyDict_GET_SIZE(self->young) != 0) {
         PyObject *latest = PyDict_GetItemWithError(self->young, storage);
         if (latest != NULL) {
+            Py_INCREF(latest); /* a weak reference may be Python's, see _torch.ref */
             PyObject *alias = call(PyTuple_GET_ITEM(latest, 0));
+            Py_DECREF(latest);
             if (alias != Py_None) {
                 int failed = alias == NULL;
                 Py_XDECREF(alias);
@@ -990,7 +992,7 @@ typedef struct {
     PyObject *get, *set, *remove; /* in Python: take what is out of the ordinary */
     PyObject *pending, *filing, *file, *groups, *young;
     PyObject *tensor_type, *parameter_type;
-    PyObject *storage_id, *inside_library, *watching;
+    PyObject *storage_id, *reference, *inside_library, *watching;
     PyObject *few_object;
     Py_ssize_t few;
 } Data;
@@ -998,7 +1000,7 @@ typedef struct {
 #define AT(field) {#field, offsetof(Data, field)}
 static const Given data_given[] = {
     AT(original), AT(get), AT(set), AT(remove), AT(pending), AT(filing), AT(file), AT(groups), AT(young),
-    AT(tensor_type), AT(parameter_type), AT(storage_id), AT(inside_library), AT(watching),
+    AT(tensor_type), AT(parameter_type), AT(storage_id), AT(reference), AT(inside_library), AT(watching),
     {"few", offsetof(Data, few_object)}, {NULL, 0},
 };
 #undef AT
@@ -1036,7 +1038,9 @@ enter_young(Data *self, PyObject *alias)
     }
     PyObject *before = PyDict_GetItemWithError(self->young, storage);
     if (before != NULL) {
+        Py_INCREF(before);
         PyObject *earlier = call(PyTuple_GET_ITEM(before, 0));
+        Py_DECREF(before);
         if (earlier != Py_None) {
             result = earlier == NULL ? -1 : 0;
             Py_XDECREF(earlier);
@@ -1048,7 +1052,7 @@ enter_young(Data *self, PyObject *alias)
         goto done;
     }
     result = -1;
-    reference = PyWeakref_NewRef(alias, NULL);
+    reference = call_with(self->reference, alias);
     if (reference != NULL) {
         PyObject *entry = Py_BuildValue("(OOi)", reference, (PyObject *)code, last_instruction(frame));
         if (entry != NULL) {
