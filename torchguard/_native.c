@@ -11,6 +11,9 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#if PY_VERSION_HEX < 0x030B0000
+#include <frameobject.h> /* PyFrame_GetBack */
+#endif
 #include <stddef.h>
 #include <structmember.h>
 
