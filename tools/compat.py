@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 #: What is run unless files are named: every way by which the guard stands on torch; a quarter of an hour.
 FILES = (
     *("guard", "nesting_and_threads", "at_read", "hook_composition", "memory", "writers", "watch", "functorch"),
-    *("exports", "counterless", "audit", "repair", "recompute", "compiled", "refusals"),
+    *("exports", "counterless", "audit", "repair", "recompute", "compiled", "refusals", "native", "flat_buffers"),
 )
 
 #: Of the extra ``test`` what the tests need; the trainers' tests skip themselves where their packages are missing.
@@ -101,6 +101,9 @@ def main() -> int:
     files = asked.tests or [ROOT / "tests" / f"test_{name}.py" for name in FILES]
     with tempfile.TemporaryDirectory(prefix="torchguard-compat-") as folder:
         interpreter = environment(asked.python, packages(asked.torch, asked.numpy), Path(folder) / "env")
+        # Compiles the part in C for this Python beside its source; where that fails, pip says so, and Python does it all.
+        install = [interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", str(ROOT)]
+        subprocess.run(install, check=False)
         settings = {**os.environ, "PYTHONPATH": str(ROOT)}
         demos = [
             subprocess.run([interpreter, *demo], cwd=ROOT, env=settings, check=False).returncode
