@@ -101,7 +101,7 @@ def main() -> int:
     files = asked.tests or [ROOT / "tests" / f"test_{name}.py" for name in FILES]
     with tempfile.TemporaryDirectory(prefix="torchguard-compat-") as folder:
         interpreter = environment(asked.python, packages(asked.torch, asked.numpy), Path(folder) / "env")
-        # Compiles the part in C for this Python beside its source; where that fails, pip says so, and Python does it all.
+        # Compiles the part in C beside its source for this Python; where that fails it is said, and Python does it all.
         install = [interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", str(ROOT)]
         subprocess.run(install, check=False)
         settings = {**os.environ, "PYTHONPATH": str(ROOT)}
