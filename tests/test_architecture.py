@@ -16,7 +16,7 @@ PACKAGE = Path(torchguard.__file__).parent
 #: module uses any more is to be taken out.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_switch", "_violation", "guard"},
-    "__main__": {"_config", "_suppressions", "_switch", "_tracebacks"},
+    "__main__": {"_config", "_fast", "_suppressions", "_switch", "_tracebacks"},
     "_aliases": {"_counts", "_ledger", "_memory", "_model", "_overlap", "_places", "_saves", "_torch"},
     "_audit": {"_memory", "_places", "_policy", "_saves", "_torch", "_verdict", "_violation"},
     "_collectives": {
@@ -121,7 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 #: These know plain values only: they are tested without a tensor.
 WITHOUT_TORCH = {
-    "__init__", "__main__", "_config", "_counts", "_demo", "_findings", "_ledger", "_model", "_overlap", "_policy",
+    "__init__", "__main__", "_config", "_counts", "_demo", "_fast", "_findings", "_ledger", "_model", "_overlap", "_policy",
     "_progress", "_stats", "_suppressions", "_switch", "_tracebacks", "_violation", "guard", "integrations",
     "integrations._callback", "integrations.lightning", "integrations.transformers", "pytest_plugin",
 } | {name for name in MAY_IMPORT if name.startswith("_report")}  # fmt: skip

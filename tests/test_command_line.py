@@ -18,6 +18,7 @@ from outside import CORRUPT, LINE, environment, python, summary
 
 import torchguard
 from torchguard import __main__ as command_line
+from torchguard._fast import native
 
 #: What a program can see of how it was started.
 SELFIE = """
@@ -198,7 +199,8 @@ def test_a_report_that_nothing_is_switched_on_for_is_told(tmp_path: Path) -> Non
 def test_version_names_the_distribution_and_the_torch_that_it_runs_with(tmp_path: Path) -> None:
     import torch
 
-    with_torch = f"(Python {platform.python_version()}, torch {torch.__version__})"
+    part = "C" if native is not None else "Python"
+    with_torch = f"(Python {platform.python_version()}, torch {torch.__version__}; hot paths in {part})"
     done = python(["-X", "importtime", "-m", "torchguard", "--version"], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"torchguard-autograd {torchguard.__version__} {with_torch}\n")
     assert not re.search(r"\| +torch$", done.stderr, re.M), "torch is not imported for it"
@@ -210,7 +212,9 @@ def test_version_where_there_is_no_torch(monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr(importlib.metadata, "version", not_there)
     assert command_line.main(["--version"]) == 0
-    assert capsys.readouterr().out.endswith(", no torch)\n")
+    assert capsys.readouterr().out.startswith(
+        f"torchguard-autograd {torchguard.__version__} (Python {platform.python_version()}, no torch; "
+    )
 
 
 def test_the_version_is_that_of_the_distribution() -> None:

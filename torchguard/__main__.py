@@ -132,7 +132,11 @@ def _versions() -> str:
         with_torch = f"torch {importlib.metadata.version('torch')}"
     except importlib.metadata.PackageNotFoundError:
         with_torch = "no torch"
-    return f"torchguard-autograd {torchguard.__version__} (Python {platform.python_version()}, {with_torch})"
+    from torchguard._fast import native
+
+    hot_paths = "Python" if native is None else "C"
+    told = f"Python {platform.python_version()}, {with_torch}; hot paths in {hot_paths}"
+    return f"torchguard-autograd {torchguard.__version__} ({told})"
 
 
 def _as_written(option: str) -> str:
