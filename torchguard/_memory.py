@@ -278,8 +278,7 @@ def outside_inference_mode(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     with _torch.hidden():
         like = over(tensor.untyped_storage(), tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
-        like = like.conj() if tensor.is_conj() else like
-        return torch._neg_view(like) if tensor.is_neg() else like
+        return _torch.as_lazy_as(tensor, like)
 
 
 def overwrite(tensor: torch.Tensor, replica: torch.Tensor) -> None:
