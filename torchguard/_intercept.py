@@ -288,12 +288,13 @@ def _data_getter() -> Callable[..., Any]:
     getframe = sys._getframe
     watching = _watch.watching
 
-    def get_data(_: Any, instance: Any, owner: Any = None) -> Any:
+    def get_data(_: Any, instance: Any, owner: Any = None, alias: Any = None) -> Any:
         if instance is None:
             return _original_data
-        if watching:
-            return _lend(instance, getframe(1))
-        alias = get(instance)
+        if alias is None:  # the part in C has it already
+            if watching:
+                return _lend(instance, getframe(1))
+            alias = get(instance)
         frame = getframe(1)
         kind = type(alias)
         if kind is tensor_type or kind is parameter_type:
@@ -344,6 +345,7 @@ def _data() -> Any:
         storage_id=_torch.storage_id,
         inside_library=_places.inside_library,
         watching=_watch.watching,
+        ref=ref,
         few=FEW_YOUNG,
     )
 
