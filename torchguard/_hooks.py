@@ -32,18 +32,18 @@ class _Lifted(threading.local):
 _lifted = _Lifted()
 
 
-#: Pairs whose guard was left in another thread than it was entered in, by the thread that has them still.
-_stale: dict[int, list[Hooks]] = {}
+#: What takes back the hooks and modes of guards that were left in another thread, by the thread that has them still.
+_stale: dict[int, list[Callable[[], None]]] = {}
 
 
-def abandon(pair: Hooks, thread: int) -> None:
-    """A guard is left in another thread: its pair goes when a guard is entered or left in the pair's own."""
-    _stale.setdefault(thread, []).append(pair)
+def abandon(take_back: Callable[[], None], thread: int) -> None:
+    """A guard is left in another thread: its hooks and its mode go when a guard is entered or left in their own."""
+    _stale.setdefault(thread, []).append(take_back)
 
 
 def _clear_stale() -> None:
-    for pair in _stale.pop(threading.get_ident(), []):
-        remove(pair)
+    for take_back in _stale.pop(threading.get_ident(), []):
+        take_back()
 
 
 def push(audits: bool = False) -> Hooks:
@@ -208,7 +208,7 @@ def _nothing() -> None:
 
 
 #: Have a thread see every call, and no longer; those of ``_intercept``.
-every_call: list[Callable[[], None]] = []
+every_call: list[Callable[[], Any]] = []
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import ref
 
@@ -101,26 +102,35 @@ class Ledger(Generic[E]):
         groups, is_foreign, filing = self.groups, self._is_foreign, self.filing
         with self._lock:
             filing.append(None)
-            waiting: list[ref[E]] = []
+            waiting = pending
+            taken = 0
+            item: ref[E] | None = None
+            # No other thread takes from it, but a signal's handler or a finaliser may come between any two steps.
             try:
-                try:
-                    # Without a step of Python's, between which a signal's handler or a finaliser may save, and file.
-                    waiting.extend(iter(pending.popleft, None))
-                except IndexError:
-                    pass  # all are taken
-                taken = len(waiting)
-                if taken > _FEW:  # most have died
+                if len(pending) > _FEW:
+                    # Most have died: they are sorted out without a step of Python's for each.
+                    waiting = deque()
+                    with suppress(IndexError):  # once all are taken
+                        waiting.extend(iter(pending.popleft, None))
+                    taken = len(waiting)
                     alive = filter(None, map(_call, waiting))
-                    waiting = [ref(entry) for entry in alive]  # the reference that was pending: an object has one
-                waiting.reverse()
+                    waiting = deque(ref(entry) for entry in alive)  # the reference that was pending: an object has one
                 while waiting:
-                    item = waiting.pop()
+                    try:
+                        item = waiting.popleft()
+                    except IndexError:
+                        break  # what was left has been filed meanwhile
+                    taken += waiting is pending
                     entry = item()
                     if entry is None:
                         continue
                     storage = entry.storage
                     group = groups.get(storage)
-                    if group is not None and (not group or group[-1]() is None) and not self._ends_alive(storage, group):
+                    if (
+                        group is not None
+                        and (not group or group[-1]() is None)
+                        and not self._ends_alive(storage, group)
+                    ):
                         self._close(storage)  # the identity of a storage that is gone, used again
                         group = None
                     if group is None:
@@ -140,8 +150,13 @@ class Ledger(Generic[E]):
                 if len(self.groups) > self._sweep_at:
                     self._sweep()
                 self.filed += taken
+            except BaseException:
+                if waiting is not pending:
+                    pending.extendleft(reversed(waiting))
+                if item is not None:
+                    pending.appendleft(item)
+                raise
             finally:
-                pending.extendleft(waiting)  # interrupted
                 filing.pop()  # another may be filing above
 
     def _extent_is_foreign(self, entry: E) -> bool:
