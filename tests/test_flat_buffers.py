@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -138,3 +139,46 @@ def test_pointing_a_tensor_at_itself_makes_no_alias() -> None:
         before = len(ALIASES.by_storage)
         model.to("cpu")
         assert len(ALIASES.by_storage) == before
+
+
+# ---- a view that reaches further than the alias that it is a view of --------------------------------------------
+
+
+def gradient_of_one(write: Callable[[torch.Tensor], object] | None) -> torch.Tensor:
+    """The gradient of the second of two parameters, where ``write`` is given an alias of the first."""
+    (first, second), _ = flat(2)
+    loss = (second * second.sin()).sum()
+    if write is not None:
+        write(first.data)
+    loss.backward()
+    assert second.grad is not None
+    return second.grad
+
+
+def further(alias: torch.Tensor, *factors: float) -> None:
+    view = alias.as_strided((4,), (1,), 4)
+    for factor in factors:
+        torch.mul(view, factor, out=view)
+
+
+def moved(alias: torch.Tensor, *factors: float) -> None:
+    view = alias.view_as(alias)
+    view.as_strided_((4,), (1,), 4)
+    for factor in factors:
+        torch.mul(view, factor, out=view)
+
+
+@pytest.mark.parametrize("reach", [further, moved])
+@pytest.mark.parametrize("at", ["write", "read"])
+def test_an_unseen_write_through_a_view_that_reaches_further(
+    reach: Callable[..., None], at: Literal["write", "read"]
+) -> None:
+    right = gradient_of_one(None)
+    assert not torch.equal(gradient_of_one(lambda alias: reach(alias, 2.0)), right)
+    with pytest.raises(torchguard.SavedTensorCorruptionError), torchguard.strict(at=at):
+        gradient_of_one(lambda alias: reach(alias, 2.0))
+    for innocent in (lambda alias: reach(alias, 2.0, 0.5), lambda alias: torch.mul(alias, 2.0, out=alias)):
+        assert torch.equal(gradient_of_one(innocent), right)
+        with torchguard.strict(at=at) as guard:
+            assert torch.equal(gradient_of_one(innocent), right)
+        assert guard.violations == []

@@ -588,3 +588,56 @@ def test_saves_that_come_and_go_over_many_that_stay_leave_a_bounded_index() -> N
         del passing
     assert most < 3_000
     assert len(ledger.in_storage(1)) == len(stay)
+
+
+# ---- a signal's handler, or a finaliser, saves and files in the middle of filing -----------------------------------
+
+
+class Interrupting:
+    """An entry that has code run while it is filed."""
+
+    def __init__(self, storage: int, run: Callable[[], object]) -> None:
+        self._storage = storage
+        self._run = run
+
+    @property
+    def storage(self) -> int:
+        run, self._run = self._run, int
+        run()
+        return self._storage
+
+
+@pytest.mark.parametrize("number", [1, 3, 40])
+def test_filing_in_the_middle_of_filing_loses_nothing(number: int) -> None:
+    ledger: Ledger[Any] = Ledger(lambda entry: None)
+    late = [Interrupting(storage, int) for storage in (1, 2, 7)]
+
+    def interrupt() -> None:
+        for entry in late:
+            ledger.add(entry)
+        assert ledger.any_in_storage(7)
+        assert ledger.filing  # the one below is not done: other threads are to wait for it
+
+    entries = [Interrupting(storage, int) for storage in range(number)]
+    entries[0]._run = interrupt
+    for entry in entries:
+        ledger.add(entry)
+    ledger.file()
+    assert not ledger.filing
+    assert len(ledger) == number + len(late)
+    assert {id(entry) for entry in ledger.all_alive()} == {id(entry) for entry in [*entries, *late]}
+
+
+def test_what_is_not_filed_when_it_is_interrupted_is_filed_later() -> None:
+    ledger: Ledger[Any] = Ledger(lambda entry: None)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    entries = [Interrupting(storage, interrupt if storage == 3 else int) for storage in range(10)]
+    for entry in entries:
+        ledger.add(entry)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.file()
+    assert not ledger.filing
+    assert all(ledger.any_in_storage(storage) for storage in range(10))

@@ -456,21 +456,22 @@ def test_backward_in_a_thread_that_was_there_before() -> None:
     assert len(guard.violations) == 1
 
 
-def test_a_guard_left_in_another_thread_restores_torch(found: Callable[[], Any]) -> None:
-    """A generator can be closed, or collected, anywhere. Save hooks belong to a thread, patches do not."""
+@pytest.mark.parametrize("every_call", [False, True])
+def test_a_guard_left_in_another_thread_restores_torch(found: Callable[[], Any], every_call: bool) -> None:
+    """A generator can be closed, or collected, anywhere. Save hooks and modes belong to a thread, patches do not."""
     before = found()
 
     def body() -> Iterator[int]:
-        with strict():
+        with strict(every_call=every_call):
             yield 1
 
     generator: Any = body()
     next(generator)
     assert run(generator.close) is None
     left = before.differences()
-    assert [name for name in left if "hooks" not in name] == []
+    assert [name for name in left if "hooks" not in name and "modes" not in name] == []
     assert outcome() == "silent"
-    # The pair of this thread cannot be taken off from another one; the next guard that leaves here does it.
+    # What is on the stacks of this thread cannot be taken off from another one; the next guard that leaves here does it.
     with strict():
         pass
     assert before.differences() == []

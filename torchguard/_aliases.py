@@ -314,7 +314,12 @@ class Aliases:
                 # A storage that was resized, or put into shared memory, lies elsewhere now.
                 moved = _torch.storage_address(_torch.behind(save.tensor)) - record.start
                 span = replace(record.span, address=record.span.address + moved)
-            if here is None or save.moved or overlaps(span, here) is False:
+            if here is None or save.moved:
+                continue
+            if overlaps(span, here) is False:
+                # A view of the alias may reach further than it (``as_strided``): where the bytes are kept, they tell.
+                if save.storage == storage and save.remarks is not None and save.remarks.proof is not None:
+                    save.remarks.compare = True
                 continue
             remarks = save.remark()
             if remarks.suspect is None:

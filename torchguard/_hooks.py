@@ -68,25 +68,29 @@ class _Lifted(threading.local):
 _lifted = _Lifted()
 
 
-#: Pairs whose guard was left in another thread than it was entered in, by the thread that has them still.
-_stale: dict[int, list[Hooks]] = {}
+#: What takes back the hooks and modes of guards that were left in another thread, by the thread that has them still.
+_stale: dict[int, list[tuple[Callable[[], None], object]]] = {}
 
 
-def abandon(pair: Hooks, thread: int) -> None:
-    """A guard is left in another thread: its pair goes when a guard is entered or left in the pair's own."""
-    _stale.setdefault(thread, []).append(pair)
+def abandon(take_back: Callable[[], None], thread: int, reader: object = None) -> None:
+    """A guard is left in another thread: its hooks and its mode go when a guard is entered or left in their own.
+
+    Args:
+        reader: for whom no notes need be taken once that thread has ended.
+    """
+    _stale.setdefault(thread, []).append((take_back, reader))
 
 
 def _clear_stale() -> None:
     if not _stale:
         return
-    for pair in _stale.pop(threading.get_ident(), []):
-        remove(pair)
+    for take_back, _ in _stale.pop(threading.get_ident(), []):
+        take_back()
     alive = {thread.ident for thread in threading.enumerate()}
-    for thread, pairs in list(_stale.items()):
+    for thread, abandoned in list(_stale.items()):
         if thread not in alive:
-            for pair in pairs:
-                take_no_notes(id(pair[0]))
+            for _, reader in abandoned:
+                take_no_notes(reader)
 
 
 def push(audits: bool = False, to_the_end: bool = False) -> Hooks:
@@ -271,7 +275,7 @@ def _nothing() -> None:
 
 
 #: Have a thread see every call, and no longer; those of ``_intercept``.
-every_call: list[Callable[[], None]] = []
+every_call: list[Callable[[], Any]] = []
 
 
 @contextmanager

@@ -288,12 +288,13 @@ def _data_getter() -> Callable[..., Any]:
     getframe = sys._getframe
     watching = _watch.watching
 
-    def get_data(_: Any, instance: Any, owner: Any = None) -> Any:
+    def get_data(_: Any, instance: Any, owner: Any = None, alias: Any = None) -> Any:
         if instance is None:
             return _original_data
-        if watching:
-            return _lend(instance, getframe(1))
-        alias = get(instance)
+        if alias is None:  # the part in C has it already
+            if watching:
+                return _lend(instance, getframe(1))
+            alias = get(instance)
         frame = getframe(1)
         kind = type(alias)
         if kind is tensor_type or kind is parameter_type:
@@ -342,9 +343,9 @@ def _data() -> Any:
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         storage_id=_torch.storage_id,
-        reference=ref,
         inside_library=_places.inside_library,
         watching=_watch.watching,
+        ref=ref,
         few=FEW_YOUNG,
     )
 
@@ -661,18 +662,24 @@ STASHES = _WhileAsked(torch.autograd.Function, "apply", _stashes.APPLY)
 POINTERS = _WhileAsked(torch.Tensor, "data_ptr", Routed(torch.Tensor.data_ptr, _interchange.to_pointer))
 
 
-def see_every_call() -> None:
-    """See every call of this thread (``every_call=True``), until as many :func:`see_patched_calls`."""
+def see_every_call() -> Any:
+    """See every call of this thread (``every_call=True``), until as many :func:`see_patched_calls`; what sees them."""
     state = _policy.state
     if state.every_call == 0:
         state.mode = Override()
         _torch.push_function_mode(state.mode)
     state.every_call += 1
+    return state.mode
 
 
-def see_patched_calls() -> None:
-    """Take back :func:`see_every_call`: the mode goes with the last one, wherever it lies on the stack."""
+def see_patched_calls(mode: Any = None) -> None:
+    """Take back :func:`see_every_call`: the mode goes with the last one, wherever it lies on the stack.
+
+    Nothing happens in a thread that has another one than ``mode``: it has the number of one that has ended.
+    """
     state = _policy.state
+    if mode is not None and state.mode is not mode:
+        return
     state.every_call -= 1
     if state.every_call == 0:
         _torch.remove_function_mode(state.mode)

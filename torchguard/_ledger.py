@@ -14,6 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import ref
 
@@ -91,7 +92,7 @@ class Ledger(Generic[E]):
         """How many saves are alive."""
         self.file()
         with self._lock:
-            return sum(1 for group in self.groups.values() for item in group if item() is not None)
+            return sum(1 for group in list(self.groups.values()) for item in group if item() is not None)
 
     def file(self) -> None:
         """File what is pending."""
@@ -103,41 +104,60 @@ class Ledger(Generic[E]):
             filing.append(None)
             waiting = pending
             taken = 0
-            if len(pending) > _FEW:
-                # Nobody else takes from it. Most have died: they are sorted out without a step of Python's for each.
-                taken = len(pending)
-                take = pending.popleft
-                alive = filter(None, map(_call, [take() for _ in range(taken)]))
-                waiting = deque(ref(entry) for entry in alive)  # the reference that was pending: an object has one
-            while waiting:
-                item = waiting.popleft()
-                taken += waiting is pending
-                entry = item()
-                if entry is None:
-                    continue
-                storage = entry.storage
-                group = groups.get(storage)
-                if group is not None and (not group or group[-1]() is None) and not self._ends_alive(storage, group):
-                    self._close(storage)  # the identity of a storage that is gone, used again
-                    group = None
-                if group is None:
-                    groups[storage] = [item]
-                    if is_foreign(entry):
-                        extent = self._extent_of(entry)
-                        if extent is not None:
-                            self.foreign[storage] = extent
-                    if self._unmapped is not None:
-                        self._unmapped.add(storage)
-                else:
-                    group.append(item)
-                    if len(group) > _LARGE and len(group) > self._thin_at.get(storage, _LARGE):
-                        group[:] = [other for other in group if other() is not None]
-                        self._spans.pop(storage, None)
-                        self._thin_at[storage] = 2 * len(group) + _LARGE
-            if len(self.groups) > self._sweep_at:
-                self._sweep()
-            self.filed += taken
-            filing.clear()
+            item: ref[E] | None = None
+            # No other thread takes from it, but a signal's handler or a finaliser may come between any two steps.
+            try:
+                if len(pending) > _FEW:
+                    # Most have died: they are sorted out without a step of Python's for each.
+                    waiting = deque()
+                    with suppress(IndexError):  # once all are taken
+                        waiting.extend(iter(pending.popleft, None))
+                    taken = len(waiting)
+                    alive = filter(None, map(_call, waiting))
+                    waiting = deque(ref(entry) for entry in alive)  # the reference that was pending: an object has one
+                while waiting:
+                    try:
+                        item = waiting.popleft()
+                    except IndexError:
+                        break  # what was left has been filed meanwhile
+                    taken += waiting is pending
+                    entry = item()
+                    if entry is None:
+                        continue
+                    storage = entry.storage
+                    group = groups.get(storage)
+                    if (
+                        group is not None
+                        and (not group or group[-1]() is None)
+                        and not self._ends_alive(storage, group)
+                    ):
+                        self._close(storage)  # the identity of a storage that is gone, used again
+                        group = None
+                    if group is None:
+                        groups.setdefault(storage, []).append(item)
+                        if is_foreign(entry):
+                            extent = self._extent_of(entry)
+                            if extent is not None:
+                                self.foreign[storage] = extent
+                        if self._unmapped is not None:
+                            self._unmapped.add(storage)
+                    else:
+                        group.append(item)
+                        if len(group) > _LARGE and len(group) > self._thin_at.get(storage, _LARGE):
+                            group[:] = [other for other in group if other() is not None]
+                            self._spans.pop(storage, None)
+                            self._thin_at[storage] = 2 * len(group) + _LARGE
+                if len(self.groups) > self._sweep_at:
+                    self._sweep()
+                self.filed += taken
+            except BaseException:
+                if waiting is not pending:
+                    pending.extendleft(reversed(waiting))
+                if item is not None:
+                    pending.appendleft(item)
+                raise
+            finally:
+                filing.pop()  # another may be filing above
 
     def _extent_is_foreign(self, entry: E) -> bool:
         extent = self._extent_of(entry)
@@ -171,12 +191,15 @@ class Ledger(Generic[E]):
             return False
         with self._lock:
             dead = []
-            for storage, group in self.groups.items():
-                if (len(group) == 1 and group[0]() is not None) or (
-                    len(group) > 1 and self._ends_alive(storage, group)
-                ):
-                    break
-                dead.append(storage)
+            try:
+                for storage, group in self.groups.items():
+                    if (len(group) == 1 and group[0]() is not None) or (
+                        len(group) > 1 and self._ends_alive(storage, group)
+                    ):
+                        break
+                    dead.append(storage)
+            except RuntimeError:
+                return True  # a signal's handler or a finaliser has saved in between
             if dead:
                 self._close(*dead)
             return bool(self.groups)
@@ -223,11 +246,12 @@ class Ledger(Generic[E]):
             spans = self._spans.get(storage)
             if spans is None or spans.size > 2 * len(group) + _LARGE:
                 spans = self._spans[storage] = Spans()
-            for item in group[spans.entered :]:
+            fresh = group[spans.entered :]
+            for item in fresh:
                 entry = item()
                 if entry is not None:
                     spans.enter(item, self._reach_of(entry))
-            spans.entered = len(group)
+            spans.entered += len(fresh)  # a finaliser may have saved more
             return [entry for entry in map(_call, spans.find(low, high)) if entry is not None]
 
     def lies_elsewhere(self, storage: int) -> None:
@@ -254,7 +278,7 @@ class Ledger(Generic[E]):
         """All live saves."""
         self.file()
         with self._lock:
-            entries = [item() for group in self.groups.values() for item in group]
+            entries = [item() for group in list(self.groups.values()) for item in group]
         return [entry for entry in entries if entry is not None]
 
     @property

@@ -11,9 +11,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#if PY_VERSION_HEX < 0x030B0000
-#include <frameobject.h> /* PyFrame_GetBack */
-#endif
+#include <frameobject.h> /* PyFrame_GetBack, before 3.11 */
 #include <stddef.h>
 #include <structmember.h>
 
@@ -125,6 +123,17 @@ as_truth(PyObject *value)
     return truth;
 }
 
+/* What failed is left to Python, which meets it again and says what is to be said: 0; -1: somebody interrupts. */
+static int
+left_to_python(void)
+{
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) {
+        return -1;
+    }
+    PyErr_Clear();
+    return 0;
+}
+
 static PyObject *
 call_method(PyObject *self, PyObject *name)
 {
@@ -218,10 +227,25 @@ clear_given(PyObject *self, const Given *table)
         Py_TYPE(self)->tp_free(self);                              \
     }
 
+/* Whether what a weak reference, borrowed, is to lives. 1, 0, or -1 with an exception. */
+static int
+refers(PyObject *reference)
+{
+    Py_INCREF(reference); /* under an old torch calling it is a step of Python's */
+    PyObject *referent = call(reference);
+    Py_DECREF(reference);
+    if (referent == NULL) {
+        return -1;
+    }
+    int lives = referent != Py_None;
+    Py_DECREF(referent);
+    return lives;
+}
+
 /* Whether no counter of an alias of the storage has moved unseen (AliasRecord.is_quiet, Aliases.meet_save). 1: none;
  * 2: none, and another alias than `saved`, which may be NULL, lives; 0: not to be told here; -1: an exception. */
 static int
-are_quiet(PyObject *aliases, PyObject *storage, PyObject *saved)
+are_quiet(PyObject *aliases, PyObject *storage, PyObject *saved, PyObject *tensor_type)
 {
     PyObject *records = PyDict_GetItemWithError(aliases, storage);
     if (records == NULL) {
@@ -243,7 +267,7 @@ are_quiet(PyObject *aliases, PyObject *storage, PyObject *saved)
         }
         if (quiet == 1) {
             PyObject *counter = PyObject_GetAttr(record, name_counter);
-            if (counter == NULL || counter == Py_None) {
+            if (counter == NULL || Py_TYPE(counter) != (PyTypeObject *)tensor_type) {
                 quiet = counter == NULL ? -1 : 0;
             } else {
                 long long version = as_number(PyObject_GetAttr(counter, name_version));
@@ -346,13 +370,19 @@ place(Pack *self, Fields *save, long long number)
                 Py_DECREF(above);
                 above = next;
             }
-            self->walked_number = number;
-            Py_INCREF(code);
-            Py_XSETREF(self->walked_code, (PyObject *)code);
+            offset = found == NULL ? 0 : offset;
+            PyObject *walked_before = self->walked_code, *found_before = self->found_code;
+            self->walked_number = number; /* all of it before anything is let go of, which may run code */
+            self->walked_code = Py_NewRef((PyObject *)code);
             self->walked_offset = save->inner_offset;
-            Py_XSETREF(self->found_code, found); /* the reference that the walk had */
-            self->found_offset = found == NULL ? 0 : offset;
-            offset = self->found_offset;
+            self->found_code = found; /* the reference that the walk had */
+            self->found_offset = offset;
+            Py_XINCREF(found);
+            save->code = found;
+            save->offset = offset;
+            Py_XDECREF(walked_before);
+            Py_XDECREF(found_before);
+            return 1;
         }
     }
     Py_XINCREF(found);
@@ -369,24 +399,19 @@ meet_aliases(Pack *self, PyObject *storage, PyObject *tensor)
     if (PyDict_GET_SIZE(self->young) != 0) {
         PyObject *latest = PyDict_GetItemWithError(self->young, storage);
         if (latest != NULL) {
-            Py_INCREF(latest); /* a weak reference may be Python's, see _torch.ref */
-            PyObject *alias = call(PyTuple_GET_ITEM(latest, 0));
-            Py_DECREF(latest);
-            if (alias != Py_None) {
-                int failed = alias == NULL;
-                Py_XDECREF(alias);
-                return failed ? -1 : 0;
+            int lives = refers(PyTuple_GET_ITEM(latest, 0));
+            if (lives != 0) {
+                return lives < 0 ? -1 : 0;
             }
-            Py_DECREF(alias);
-            if (PyDict_DelItem(self->young, storage) < 0) {
-                PyErr_Clear(); /* another thread was faster */
+            if (PyDict_DelItem(self->young, storage) < 0 && left_to_python() < 0) { /* another thread was faster */
+                return -1;
             }
         } else if (PyErr_Occurred()) {
             return -1;
         }
     }
     if (PyDict_GET_SIZE(self->aliases) != 0) {
-        return are_quiet(self->aliases, storage, tensor);
+        return are_quiet(self->aliases, storage, tensor, self->tensor_type);
     }
     return 1;
 }
@@ -571,9 +596,8 @@ record(Pack *self, PyObject *tensor, Fields **made_of_it)
         return dead < 0 ? -1 : 0;
     }
     PyObject *storage = call_with(self->storage_id, tensor);
-    if (storage == NULL) {
-        PyErr_Clear(); /* sparse, opaque, a functorch wrapper */
-        return 0;
+    if (storage == NULL) { /* sparse, opaque, a functorch wrapper */
+        return left_to_python();
     }
     int result = -1;
     PyObject *grad_fn = NULL;
@@ -751,22 +775,23 @@ typedef struct {
     vectorcallfunc vectorcall;
     PyObject *otherwise;
     PyObject *collecting;
+    PyObject *tensor_type;
     PyObject *mode_active, *storage_id, *records;
     PyObject *young, *aliases;
 } Unpack;
 
 #define AT(field) {#field, offsetof(Unpack, field)}
 static const Given unpack_given[] = {
-    AT(otherwise), AT(collecting), AT(mode_active), AT(storage_id), AT(records), AT(young), AT(aliases), {NULL, 0},
+    AT(otherwise), AT(collecting), AT(tensor_type), AT(mode_active), AT(storage_id), AT(records), AT(young), AT(aliases),
+    {NULL, 0},
 };
 #undef AT
 
 /* Whether backward can be given the tensor of a save with nothing further said. */
 static int
-is_as_saved(Unpack *self, Fields *save)
+is_as_saved(Unpack *self, Fields *save, PyObject *tensor)
 {
-    PyObject *tensor = save->tensor;
-    if (PyList_GET_SIZE(self->collecting) != 0 || (save->remarks != NULL && save->remarks != Py_None) || tensor == NULL) {
+    if (PyList_GET_SIZE(self->collecting) != 0 || (save->remarks != NULL && save->remarks != Py_None)) {
         return 0;
     }
     int mode = as_truth(call(self->mode_active));
@@ -797,7 +822,7 @@ is_as_saved(Unpack *self, Fields *save)
             }
         }
         int has = PyDict_Contains(self->young, storage);
-        int quiet = has == 0 ? are_quiet(self->aliases, storage, NULL) : has < 0 ? -1 : 0;
+        int quiet = has == 0 ? are_quiet(self->aliases, storage, NULL, self->tensor_type) : has < 0 ? -1 : 0;
         Py_DECREF(storage);
         if (quiet <= 0) {
             return quiet;
@@ -816,13 +841,20 @@ unpack_call(PyObject *callable, PyObject *const *arguments, size_t flags, PyObje
     Unpack *self = (Unpack *)callable;
     if (PyVectorcall_NARGS(flags) == 1 && names == NULL && PyObject_TypeCheck(arguments[0], &FieldsType)) {
         Fields *save = (Fields *)arguments[0];
-        int result = is_as_saved(self, save);
-        if (result < 0) {
-            PyErr_Clear(); /* the function in Python meets it again, and says what is to be said */
-        }
-        if (result == 1) {
-            Py_INCREF(save->tensor);
-            return save->tensor;
+        PyObject *tensor = save->tensor;
+        if (tensor != NULL) {
+            Py_INCREF(tensor); /* what is asked may let another thread give the save another one */
+            int result = is_as_saved(self, save, tensor);
+            if (result < 0) {
+                result = left_to_python();
+            }
+            if (result == 1) {
+                return tensor;
+            }
+            Py_DECREF(tensor);
+            if (result < 0) {
+                return NULL;
+            }
         }
     }
     return PyObject_Vectorcall(self->otherwise, arguments, flags, names);
@@ -929,8 +961,7 @@ is_elsewhere(Method *self, PyObject *const *arguments, Py_ssize_t count)
     }
     PyObject *storage = call_with(self->storage_id, tensor);
     if (storage == NULL) {
-        PyErr_Clear();
-        return 0;
+        return left_to_python();
     }
     int saved = PyDict_Contains(self->groups, storage);
     Py_DECREF(storage);
@@ -939,11 +970,11 @@ is_elsewhere(Method *self, PyObject *const *arguments, Py_ssize_t count)
     }
     PyObject *untyped = call_method(tensor, name_untyped_storage);
     if (untyped == NULL) {
-        return -1;
+        return left_to_python();
     }
     int own = as_truth(call_method(untyped, name_resizable)); /* of torch's allocator */
     Py_DECREF(untyped);
-    return own;
+    return own < 0 ? left_to_python() : own;
 }
 
 static PyObject *
@@ -995,7 +1026,8 @@ typedef struct {
     PyObject *get, *set, *remove; /* in Python: take what is out of the ordinary */
     PyObject *pending, *filing, *file, *groups, *young;
     PyObject *tensor_type, *parameter_type;
-    PyObject *storage_id, *reference, *inside_library, *watching;
+    PyObject *storage_id, *inside_library, *watching;
+    PyObject *ref; /* the type of weak references to tensors */
     PyObject *few_object;
     Py_ssize_t few;
 } Data;
@@ -1003,7 +1035,7 @@ typedef struct {
 #define AT(field) {#field, offsetof(Data, field)}
 static const Given data_given[] = {
     AT(original), AT(get), AT(set), AT(remove), AT(pending), AT(filing), AT(file), AT(groups), AT(young),
-    AT(tensor_type), AT(parameter_type), AT(storage_id), AT(reference), AT(inside_library), AT(watching),
+    AT(tensor_type), AT(parameter_type), AT(storage_id), AT(inside_library), AT(watching), AT(ref),
     {"few", offsetof(Data, few_object)}, {NULL, 0},
 };
 #undef AT
@@ -1024,8 +1056,7 @@ enter_young(Data *self, PyObject *alias)
     }
     PyObject *storage = call_with(self->storage_id, alias);
     if (storage == NULL) {
-        PyErr_Clear();
-        return 0;
+        return left_to_python();
     }
     int result = PyDict_Contains(self->groups, storage);
     PyCodeObject *code = NULL;
@@ -1041,21 +1072,17 @@ enter_young(Data *self, PyObject *alias)
     }
     PyObject *before = PyDict_GetItemWithError(self->young, storage);
     if (before != NULL) {
-        Py_INCREF(before);
-        PyObject *earlier = call(PyTuple_GET_ITEM(before, 0));
-        Py_DECREF(before);
-        if (earlier != Py_None) {
-            result = earlier == NULL ? -1 : 0;
-            Py_XDECREF(earlier);
+        int lives = refers(PyTuple_GET_ITEM(before, 0));
+        if (lives != 0) {
+            result = lives < 0 ? -1 : 0;
             goto done;
         }
-        Py_DECREF(earlier);
     } else if (PyErr_Occurred() || PyDict_GET_SIZE(self->young) >= self->few) {
         result = PyErr_Occurred() ? -1 : 0;
         goto done;
     }
     result = -1;
-    reference = call_with(self->reference, alias);
+    reference = self->ref == (PyObject *)&_PyWeakref_RefType ? PyWeakref_NewRef(alias, NULL) : call_with(self->ref, alias);
     if (reference != NULL) {
         PyObject *entry = Py_BuildValue("(OOi)", reference, (PyObject *)code, last_instruction(frame));
         if (entry != NULL) {
@@ -1078,8 +1105,9 @@ data_get(PyObject *descriptor, PyObject *instance, PyObject *owner)
         Py_INCREF(self->original);
         return self->original;
     }
+    PyObject *alias = NULL;
     if (PyList_GET_SIZE(self->watching) == 0) {
-        PyObject *alias = Py_TYPE(self->original)->tp_descr_get(self->original, instance, owner);
+        alias = Py_TYPE(self->original)->tp_descr_get(self->original, instance, owner);
         if (alias == NULL) {
             return NULL;
         }
@@ -1087,13 +1115,17 @@ data_get(PyObject *descriptor, PyObject *instance, PyObject *owner)
         if (entered == 1) {
             return alias;
         }
-        Py_DECREF(alias);
         if (entered < 0) {
+            Py_DECREF(alias);
             return NULL;
         }
     }
-    PyObject *arguments[4] = {NULL, descriptor, instance, owner == NULL ? Py_None : owner};
-    return PyObject_Vectorcall(self->get, arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    /* The alias goes with it: modes and subclasses see `.data` once. */
+    PyObject *arguments[5] = {NULL, descriptor, instance, owner == NULL ? Py_None : owner, alias};
+    size_t count = alias == NULL ? 3 : 4;
+    PyObject *result = PyObject_Vectorcall(self->get, arguments + 1, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    Py_XDECREF(alias);
+    return result;
 }
 
 static int

@@ -106,6 +106,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
     in_c: Callable[[Save], torch.Tensor] = native.Unpack(
         otherwise=unpack,
         collecting=collecting,
+        tensor_type=torch.Tensor,
         mode_active=mode_active,
         storage_id=storage_id,
         records=records,

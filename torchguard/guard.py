@@ -169,7 +169,7 @@ class Guard(_Block):
         self._warned = 0
         self._state: Literal["new", "entered", "left"] = "new"
         self._pairs: list[tuple[Any, int]] = []
-        self._sees_every_call = False
+        self._take_back: Callable[[], None] | None = None  # undoes every_call in the thread that asked for it
         self._patches: list[Any] = []
         self._thread = 0
 
@@ -225,8 +225,7 @@ class Guard(_Block):
                     patch.begin()
                     self._patches.append(patch)
             if self.every_call:
-                _intercept.see_every_call()
-                self._sees_every_call = True
+                self._take_back = functools.partial(_intercept.see_patched_calls, _intercept.see_every_call())
         except BaseException:
             self._leave()
             raise
@@ -273,14 +272,16 @@ class Guard(_Block):
                 if thread == threading.get_ident():
                     steps.callback(_hooks.remove, pair)
                 else:
-                    steps.callback(_hooks.abandon, pair, thread)
+                    steps.callback(_hooks.abandon, functools.partial(_hooks.remove, pair), thread, id(pair[0]))
             self._pairs.clear()
             for patch in self._patches:
                 steps.callback(patch.end)
             self._patches.clear()
-            if self._sees_every_call and self._thread == threading.get_ident():
-                self._sees_every_call = False
-                steps.callback(_intercept.see_patched_calls)
+            take_back, self._take_back = self._take_back, None
+            if take_back is not None and self._thread == threading.get_ident():
+                steps.callback(take_back)
+            elif take_back is not None:
+                steps.callback(_hooks.abandon, take_back, self._thread)
 
     # ---- what it found
 
