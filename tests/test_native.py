@@ -297,6 +297,21 @@ def test_what_a_hook_is_made_of_is_checked() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("name", ["Pack", "Unpack", "Method", "Data"])
+def test_what_was_not_made_with_anything_does_nothing(name: str) -> None:
+    kind = getattr(native, name)
+    empty = kind.__new__(kind)
+    uses: list[Callable[[], object]] = [lambda: empty(leaf(1))]
+    if hasattr(kind, "__get__"):
+        uses += [lambda: empty.__get__(leaf(1)), lambda: empty.__get__(None, torch.Tensor)]
+    if hasattr(kind, "__set__"):
+        uses += [lambda: empty.__set__(leaf(1), leaf(1)), lambda: empty.__delete__(leaf(1))]
+    for use in uses:
+        with pytest.raises(TypeError):
+            use()
+
+
+@needs_native
 def test_an_exception_on_the_way_is_raised_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> bool:
         raise KeyboardInterrupt

@@ -208,6 +208,17 @@ clear_given(PyObject *self, const Given *table)
     }
 }
 
+/* Whether a descriptor was made with what it needs, and has it still. */
+static int
+is_made(PyObject *original)
+{
+    if (original == NULL) {
+        PyErr_SetString(PyExc_TypeError, "this is made by torchguard only");
+        return 0;
+    }
+    return 1;
+}
+
 #define COLLECTED(type, table)                                     \
     static int type##_traverse(PyObject *self, visitproc visit, void *arg) \
     {                                                              \
@@ -981,6 +992,9 @@ static PyObject *
 method_call(PyObject *callable, PyObject *const *arguments, size_t flags, PyObject *names)
 {
     Method *self = (Method *)callable;
+    if (!is_made(self->original)) {
+        return NULL;
+    }
     int elsewhere = is_elsewhere(self, arguments, PyVectorcall_NARGS(flags));
     if (elsewhere < 0) {
         return NULL;
@@ -992,6 +1006,9 @@ static PyObject *
 method_get(PyObject *descriptor, PyObject *instance, PyObject *owner)
 {
     Method *self = (Method *)descriptor;
+    if (!is_made(self->original)) {
+        return NULL;
+    }
     if (instance == NULL || instance == Py_None) {
         Py_INCREF(self->on_class);
         return self->on_class;
@@ -1101,6 +1118,9 @@ static PyObject *
 data_get(PyObject *descriptor, PyObject *instance, PyObject *owner)
 {
     Data *self = (Data *)descriptor;
+    if (!is_made(self->original)) {
+        return NULL;
+    }
     if (instance == NULL || instance == Py_None) {
         Py_INCREF(self->original);
         return self->original;
@@ -1132,6 +1152,9 @@ static int
 data_set(PyObject *descriptor, PyObject *instance, PyObject *value)
 {
     Data *self = (Data *)descriptor;
+    if (!is_made(self->original)) {
+        return -1;
+    }
     PyObject *arguments[3] = {NULL, instance, value};
     size_t count = value == NULL ? 1 : 2;
     PyObject *done = PyObject_Vectorcall(
