@@ -349,6 +349,14 @@ def test_many_saves_leave_nothing() -> None:
     assert abs(after[2] - before[2]) < 100
 
 
+def test_one_that_was_compiled_from_another_checkout_is_not_used() -> None:
+    ran = run(
+        "import sys, types; sys.modules['torchguard._native'] = types.ModuleType('_native')\n"
+        + CORRUPTING.format(write="pass")
+    )
+    assert (ran.returncode, ran.stdout) == (0, "None\n"), ran.stderr
+
+
 # ---- how it is built -----------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,9 @@
 #include <stddef.h>
 #include <structmember.h>
 
+/* Moves whenever what is handed over here, or what it means, is changed: `_fast.py` uses no other. */
+#define REVISION 1
+
 /* ---- a save ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -1282,7 +1285,8 @@ PyInit__native(void)
     if (module == NULL) {
         return NULL;
     }
-    if (PyModule_AddObjectRef(module, "Fields", (PyObject *)&FieldsType) < 0
+    if (PyModule_AddIntConstant(module, "REVISION", REVISION) < 0
+        || PyModule_AddObjectRef(module, "Fields", (PyObject *)&FieldsType) < 0
         || PyModule_AddObjectRef(module, "Pack", (PyObject *)&PackType) < 0
         || PyModule_AddObjectRef(module, "Unpack", (PyObject *)&UnpackType) < 0
         || PyModule_AddObjectRef(module, "Method", (PyObject *)&MethodType) < 0
