@@ -516,9 +516,9 @@ def test_readable_is_what_the_storage_reaches() -> None:
     whole, part, nothing = base[:], base[1:3], base[6:6]
     base.untyped_storage().resize_(12)  # three elements
     assert not _memory.readable(whole)
-    assert _memory.parts_of(whole) == []
+    assert _memory.strided_parts_of(whole) == []
     assert _memory.readable(part)
-    assert len(_memory.parts_of(part)) == 1
+    assert len(_memory.strided_parts_of(part)) == 1
     assert _memory.readable(nothing)
     base.untyped_storage().resize_(11)
     assert not _memory.readable(part)
@@ -568,15 +568,15 @@ def test_contents_of_what_reads_otherwise_than_it_lies() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_parts_of_a_tensor() -> None:
     dense = torch.arange(3.0)
-    (part,) = _memory.parts_of(dense)
+    (part,) = _memory.strided_parts_of(dense)
     assert part is dense
     sparse = torch.eye(3).to_sparse()
-    parts = _memory.parts_of(sparse)
+    parts = _memory.strided_parts_of(sparse)
     assert {storage_of(part) for part in parts} == {storage_of(sparse._indices()), storage_of(sparse._values())}
-    assert _memory.parts_of(_freed()) == []
-    assert _memory.parts_of(torch.zeros(3, device="meta")) == []
-    assert _memory.same_parts(parts, _memory.parts_of(torch.eye(3).to_sparse()))
-    assert not _memory.same_parts(parts, _memory.parts_of((torch.eye(3) * 2).to_sparse()))
+    assert _memory.strided_parts_of(_freed()) == []
+    assert _memory.strided_parts_of(torch.zeros(3, device="meta")) == []
+    assert _memory.same_parts(parts, _memory.strided_parts_of(torch.eye(3).to_sparse()))
+    assert not _memory.same_parts(parts, _memory.strided_parts_of((torch.eye(3) * 2).to_sparse()))
     assert not _memory.same_parts(parts, parts[:1])
     assert _memory.same_parts([], [])
 

@@ -194,6 +194,7 @@ def recorded(program: Callable[[], Any]) -> tuple[list[tuple[Any, ...]], list[An
 
 
 @needs_native
+@pytest.mark.usefixtures("empty_ledger")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_both_parts_record_the_same(program: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +204,18 @@ def test_both_parts_record_the_same(program: Callable[[], Any], monkeypatch: pyt
     monkeypatch.setattr(_hooks, "unpack", _reads.make_unpack())
     assert recorded(program) == in_c
     assert in_c[0]
+
+
+@pytest.mark.usefixtures("empty_ledger")
+def test_a_node_that_has_no_place_in_the_order_is_none_of_this_operation() -> None:
+    """Its sequence number is the largest there is."""
+    with torchguard.strict():
+        y = leaf(4).sin()
+        torch.normal(0.0, 1.0, y.shape, out=y)
+        assert y.grad_fn is not None
+        z = leaf(4) / y  # saves y, as an input
+        assert {(save.node, save.tensor.grad_fn is y.grad_fn) for save in LEDGER.all_alive()} >= {(None, True)}
+        assert z.requires_grad
 
 
 @needs_native

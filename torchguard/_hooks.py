@@ -69,14 +69,14 @@ _lifted = _Lifted()
 
 
 #: What takes back the hooks and modes of guards that were left in another thread, by the thread that has them still.
-_stale: dict[int, list[tuple[Callable[[], None], object]]] = {}
+_stale: dict[int, list[tuple[Callable[[], None], int]]] = {}
 
 
-def abandon(take_back: Callable[[], None], thread: int, reader: object = None) -> None:
+def abandon(take_back: Callable[[], None], thread: int, reader: int = 0) -> None:
     """A guard is left in another thread: its hooks and its mode go when a guard is entered or left in their own.
 
     Args:
-        reader: for whom no notes need be taken once that thread has ended.
+        reader: identity of the pack hook, which means nothing once that thread has ended.
     """
     _stale.setdefault(thread, []).append((take_back, reader))
 
@@ -87,10 +87,10 @@ def _clear_stale() -> None:
     for take_back, _ in _stale.pop(threading.get_ident(), []):
         take_back()
     alive = {thread.ident for thread in threading.enumerate()}
-    for thread, abandoned in list(_stale.items()):
-        if thread not in alive:
-            for _, reader in abandoned:
-                take_no_notes(reader)
+    for thread in [thread for thread in _stale if thread not in alive]:
+        for _, reader in _stale.pop(thread, []):
+            _ours.discard(reader)  # its stack has gone with it, and another object may get the identity
+            take_no_notes(reader)
 
 
 def push(audits: bool = False, to_the_end: bool = False) -> Hooks:

@@ -65,6 +65,9 @@ from torchguard._writers import Writer
 WRITERS: dict[Any, Writer] = {}
 
 
+_METHOD_IN_C: Any = None if native is None else native.Method
+
+
 class Override(TorchFunctionMode):
     """Function in; what does it write; verdict; call."""
 
@@ -72,8 +75,10 @@ class Override(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            return func(*args, **kwargs)  # dynamo traces through here: nothing in its way, no graph break
+        if torch.compiler.is_compiling():  # dynamo traces through here: nothing in its way, no graph break
+            if type(func) is _METHOD_IN_C:
+                func = func.original  # dynamo looks no further than the type of what it calls
+            return func(*args, **kwargs)
         writer = _writer_of(func, kwargs)
         if writer is None:
             return func(*args, **kwargs)

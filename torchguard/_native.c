@@ -102,16 +102,18 @@ static PyObject *name_version, *name_nested, *name_grad_fn, *name_sequence_nr, *
 static PyObject *name_output_nr, *name_detach, *name_exports, *name_f_lasti;
 static PyObject *name_untyped_storage, *name_resizable, *name_counter, *name_expected;
 
-/* The number that an attribute, or a call, gives; -1 with an exception where it is none. */
+/* The number that an attribute, or a call, gives; -1 with an exception where it is none. A leaf's node has the largest
+ * number that there is, which is more than is needed to tell here. */
 static long long
 as_number(PyObject *value)
 {
     if (value == NULL) {
         return -1;
     }
-    long long number = PyLong_AsLongLong(value);
+    int overflow = 0;
+    long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
     Py_DECREF(value);
-    return number;
+    return overflow == 0 ? number : overflow > 0 ? LLONG_MAX : LLONG_MIN;
 }
 
 /* 1, 0, or -1 with an exception. */

@@ -4,6 +4,8 @@
 adapts `beta` for the next step has this step's backward read the new one: the gradient of the penalty is off by that
 factor in every step in which the weight adapts. torchrl 0.14.1 does what is shown here in `KLPENPPOLoss`
 ([other people's code](others.md)).
+
+Upstream: we know no report.
 """
 
 import torch

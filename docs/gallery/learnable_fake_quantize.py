@@ -4,6 +4,8 @@ While it estimates (`enable_static_estimate()`), each forward of `torch.ao`'s le
 scale of what it has just seen over that of the forward before, `scale.data.copy_(...)`. One that is shared by two
 branches, or sees two batches before one backward, tells the first by the second's scale which values were clipped: what
 was inside the range then gets no gradient.
+
+Upstream: we know no report.
 """
 
 import torch
