@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from benchmarks.workloads import KERNELS
+
 _SHOWN = ("identity hooks", "strict", "warn", "strict, at read", "repair", "watch", "audit")
 
 
@@ -17,7 +19,14 @@ def draw(results: dict[str, Any], directory: Path) -> str:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError:
         return "no plots: matplotlib is not installed (it comes with the extra torchguard-autograd[bench])"
-    drawn = [_ratios(pyplot, results, directory)]
+    names = list(results["workloads"])
+    drawn = []
+    for name, shown in (
+        ("ratios.svg", [name for name in names if name not in KERNELS]),
+        ("kernels.svg", [name for name in names if name in KERNELS]),
+    ):
+        if shown:
+            drawn.append(_ratios(pyplot, results, shown, directory / name))
     if all(question in results.get("scale", {}) for question in ("costs", "memory", "long_run")):
         drawn += [_costs(pyplot, results, directory), _memory(pyplot, results, directory)]
         drawn.append(_long_run(pyplot, results, directory))
@@ -31,8 +40,7 @@ def _save(pyplot: Any, figure: Any, path: Path) -> Path:
     return path
 
 
-def _ratios(pyplot: Any, results: dict[str, Any], directory: Path) -> Path:
-    names = list(results["workloads"])
+def _ratios(pyplot: Any, results: dict[str, Any], names: list[str], path: Path) -> Path:
     modes = [mode for mode in _SHOWN if any(mode in results["workloads"][name]["modes"] for name in names)]
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.12 * len(names) * (len(modes) + 1)))
     height = 0.85 / max(1, len(modes))
@@ -45,7 +53,7 @@ def _ratios(pyplot: Any, results: dict[str, Any], directory: Path) -> Path:
     axes.set_xlabel("time as a ratio to the bare workload")
     axes.axvline(1, color="black", linewidth=0.5)
     axes.legend()
-    return _save(pyplot, figure, directory / "ratios.svg")
+    return _save(pyplot, figure, path)
 
 
 def _costs(pyplot: Any, results: dict[str, Any], directory: Path) -> Path:
