@@ -21,6 +21,14 @@ import torchguard
 from torchguard import _config, _policy, _switch
 
 
+@pytest.fixture(autouse=True)
+def no_threads_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler's tests, say, have left running is not to be told of in the reports of these."""
+    left = set(threading.enumerate()) - {threading.main_thread(), threading.current_thread()}
+    all_threads = threading.enumerate
+    monkeypatch.setattr(threading, "enumerate", lambda: [thread for thread in all_threads() if thread not in left])
+
+
 def corrupt() -> torch.Tensor | None:
     a = torch.ones(3, requires_grad=True)
     out = a.sigmoid()
