@@ -128,6 +128,14 @@ as_truth(PyObject *value)
     return truth;
 }
 
+/* Whether a tensor is of one of the two types that nobody has made a subclass of. */
+static int
+is_plain(PyObject *tensor, PyObject *tensor_type, PyObject *parameter_type)
+{
+    PyObject *type = (PyObject *)Py_TYPE(tensor);
+    return type == tensor_type || type == parameter_type;
+}
+
 /* What failed is left to Python, which meets it again and says what is to be said: 0; -1: somebody interrupts. */
 static int
 left_to_python(void)
@@ -446,11 +454,9 @@ is_closed(Pack *self, PyObject *storage, Fields *save, PyObject *tensor, PyObjec
     if (PyErr_Occurred()) {
         return -1;
     }
-    PyObject *type = NULL;
     int older;
-    if (save->node != NULL && save->node != Py_None) {
-        type = save->node;
-        int own = PySet_Contains(self->own_nodes, type);
+    if (save->node != NULL) {
+        int own = PySet_Contains(self->own_nodes, save->node);
         if (own <= 0) {
             return own;
         }
@@ -600,7 +606,7 @@ look_back(Pack *self, Fields *save, long long made)
 static int
 record(Pack *self, PyObject *tensor, Fields **made_of_it)
 {
-    if (Py_TYPE(tensor) != (PyTypeObject *)self->tensor_type && Py_TYPE(tensor) != (PyTypeObject *)self->parameter_type) {
+    if (!is_plain(tensor, self->tensor_type, self->parameter_type)) {
         return 0;
     }
     int mode = as_truth(call(self->mode_active));
@@ -968,7 +974,7 @@ is_elsewhere(Method *self, PyObject *const *arguments, Py_ssize_t count)
         return 0;
     }
     PyObject *tensor = arguments[0];
-    if (Py_TYPE(tensor) != (PyTypeObject *)self->tensor_type && Py_TYPE(tensor) != (PyTypeObject *)self->parameter_type) {
+    if (!is_plain(tensor, self->tensor_type, self->parameter_type)) {
         return 0;
     }
     int mode = as_truth(call(self->mode_active));
@@ -1066,7 +1072,7 @@ static const Given data_given[] = {
 static int
 enter_young(Data *self, PyObject *alias)
 {
-    if (Py_TYPE(alias) != (PyTypeObject *)self->tensor_type && Py_TYPE(alias) != (PyTypeObject *)self->parameter_type) {
+    if (!is_plain(alias, self->tensor_type, self->parameter_type)) {
         return 0;
     }
     if (file_pending(self->pending, self->filing, self->file) < 0) {

@@ -18,7 +18,7 @@ import torch
 
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._aliases import ALIASES
-from torchguard._exports import EXPORTS, FRESH, FRESH_IN_C, OWN_NODES
+from torchguard._exports import EXPORTS, FRESH, FRESH_IN_C, OWN_NODES, is_open
 from torchguard._fast import native
 from torchguard._inputs import read_recording, saved_before
 from torchguard._saves import LEDGER, PROOF_BYTES_AT_SAVE, Part, Save, operation_of_node
@@ -62,7 +62,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
     mode_active = _torch.function_mode_active
     storage_id = _torch.storage_id
     next_number = _torch.next_sequence_number
-    made_last = _torch.made_last
+    output_after_all = _is_output_after_all
     node_type, generic_node = _torch.node_type, _torch.GENERIC_NODE
     inside_library = _places.inside_library
     user_instruction = _places.user_instruction
@@ -151,7 +151,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             or (
                 (save.version or exotic or (references(tensor) - depth <= held_by_none and not tensor._is_view()))
                 and type(grad_fn) not in saves_no_output
-                and made_last(grad_fn, number - 1 if save.version and _copied_itself(save) else number)
+                and output_after_all(save, grad_fn, number)
             )
         ):
             node: Any = type(grad_fn)
@@ -204,8 +204,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
                 or depth != 1
                 or grad_fn is None
                 or type(grad_fn) not in own_nodes
-                or not (untyped := tensor.untyped_storage()).resizable()
-                or (tensor.is_cpu and untyped.is_shared())
+                or is_open(tensor.untyped_storage())
             ):  # what is asked last is all that would be asked there
                 EXPORTS.ask(save, storage, grad_fn)
         if dead_exports:
@@ -241,9 +240,6 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
     if exotic or audits or native is None or fresh < 0:
         return pack_exotic if exotic else pack
 
-    def output_after_all(save: Save, grad_fn: Any, number: int) -> bool:
-        return made_last(grad_fn, number - 1 if save.version and _copied_itself(save) else number)
-
     in_c: Callable[[torch.Tensor], Save] = native.Pack(
         otherwise=pack,
         save_type=Save,
@@ -252,7 +248,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
         mode_active=mode_active,
         storage_id=storage_id,
         next_number=next_number,
-        output_after_all=output_after_all,
+        output_after_all=_is_output_after_all,
         is_open=_is_open,
         mend_foreach=_mend_foreach,
         keep_small_proof=_keep_small_proof,
@@ -283,8 +279,7 @@ def _keep_small_proof(save: Save) -> None:
 
 
 def _is_open(tensor: torch.Tensor) -> bool:
-    untyped = tensor.untyped_storage()
-    return not untyped.resizable() or (tensor.is_cpu and untyped.is_shared())
+    return is_open(tensor.untyped_storage())
 
 
 def _latest(most: int) -> list[ref[Save]]:
@@ -293,6 +288,11 @@ def _latest(most: int) -> list[ref[Save]]:
         return list(islice(reversed(LEDGER.pending), most))
     except RuntimeError:  # another thread saves or files
         return []
+
+
+def _is_output_after_all(save: Save, grad_fn: Any, number: int) -> bool:
+    """Whether ``grad_fn`` is the node that is saving, though it is not the one before the next ``number``."""
+    return _torch.made_last(grad_fn, number - 1 if save.version and _copied_itself(save) else number)
 
 
 def _copied_itself(save: Save) -> bool:
