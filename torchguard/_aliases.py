@@ -22,7 +22,7 @@ import torch
 
 from torchguard import _memory, _torch
 from torchguard._counts import COUNTS
-from torchguard._ledger import Spans
+from torchguard._ledger import SpansByStorage
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
@@ -132,7 +132,7 @@ class Aliases:
         #: The latest alias of each storage, as long as nothing asks after it. Most are temporaries
         #: (``p.data.add_(...)``) and are dead when the next one comes.
         self.young: dict[int, tuple[ref[torch.Tensor], CodeType | None, int]] = {}
-        self._spans: dict[int, Spans] = {}  # of storages with many aliases that somebody has asked about a part of
+        self._spans = SpansByStorage(lambda record: record.stretch)  # of storages with many aliases
         self._sweep_at = _SLACK
         self._sweep_young_at = FEW_YOUNG
 
@@ -144,14 +144,7 @@ class Aliases:
         reach = _memory.stretch_in_storage(tensor)
         if reach is None:
             return records
-        spans = self._spans.get(storage)
-        if spans is None or spans.size > 2 * len(records) + _SLACK:
-            spans = self._spans[storage] = Spans()
-        for record in records[spans.entered :]:
-            spans.enter(record, record.stretch)
-        spans.entered = len(records)
-        found: list[Any] = spans.find(*reach)
-        return found
+        return self._spans.near(storage, records, *reach)
 
     def lies_elsewhere(self, storage: int, tensor: torch.Tensor) -> None:
         """``tensor`` reaches another part of its storage now."""
@@ -206,9 +199,8 @@ class Aliases:
             last = records[-1]
             if last.counter is None and last() is None:
                 records[-1] = record
-                if self._spans and storage in self._spans:
-                    spans = self._spans[storage]
-                    spans.entered = min(spans.entered, len(records) - 1)
+                if self._spans:
+                    self._spans.shortened(storage, len(records) - 1)
             else:
                 records.append(record)
                 if len(records) > _DEAD_KEPT and not len(records) & (len(records) - 1):

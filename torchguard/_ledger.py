@@ -66,7 +66,7 @@ class Ledger(Generic[E]):
         self.groups: dict[int, list[ref[E]]] = {}
         self.foreign: dict[int, Extent] = {}
         self._reach_of = reach_of
-        self._spans: dict[int, Spans] = {}  # of large groups that somebody has asked about a part of
+        self._spans = SpansByStorage(self._stretch_of)  # of large groups that somebody has asked about a part of
         self._thin_at: dict[int, int] = {}  # size at which a large group is thinned out next
         self._unmapped: set[int] | None = None  # groups not yet in _map; None until it is first asked for
         self._map = _AddressMap()
@@ -208,9 +208,7 @@ class Ledger(Generic[E]):
         """Drop the dead entries at a group's end; whether any is left."""
         while group and group[-1]() is None:
             group.pop()
-        spans = self._spans.get(storage)
-        if spans is not None:
-            spans.entered = min(spans.entered, len(group))
+        self._spans.shortened(storage, len(group))
         return bool(group)
 
     def any_in_storage(self, storage: int) -> bool:
@@ -243,16 +241,12 @@ class Ledger(Generic[E]):
         if group is None or len(group) <= _LARGE:
             return self.in_storage(storage)
         with self._lock:
-            spans = self._spans.get(storage)
-            if spans is None or spans.size > 2 * len(group) + _LARGE:
-                spans = self._spans[storage] = Spans()
-            fresh = group[spans.entered :]
-            for item in fresh:
-                entry = item()
-                if entry is not None:
-                    spans.enter(item, self._reach_of(entry))
-            spans.entered += len(fresh)  # a finaliser may have saved more
-            return [entry for entry in map(_call, spans.find(low, high)) if entry is not None]
+            near = self._spans.near(storage, group, low, high)
+            return [entry for entry in map(_call, near) if entry is not None]
+
+    def _stretch_of(self, item: ref[E]) -> tuple[int, int] | None:
+        entry = item()
+        return (0, 0) if entry is None else self._reach_of(entry)
 
     def lies_elsewhere(self, storage: int) -> None:
         """A save of this storage occupies another part of it now."""
@@ -335,23 +329,17 @@ class Ledger(Generic[E]):
 _call: Callable[[ref[Any]], Any] = ref.__call__
 
 
-class Spans:
-    """Things that lie in one storage, by the stretch that they occupy in it. Those of one stretch are one key.
-
-    Attributes:
-        entered: so many of the list that this is an index of have been entered.
-        size: how many have been entered in all.
-    """
+class _Spans:
+    """Things that lie in one storage, by the stretch that they occupy in it. Those of one stretch are one key."""
 
     def __init__(self) -> None:
-        self.entered = 0
+        self.entered = 0  # so many of the list that this is an index of are in here
         self.size = 0
         self._anywhere: list[ref[Any]] = []
         self._by_stretch: dict[tuple[int, int], list[ref[Any]]] = {}
         self._map = _AddressMap(smallest=5)  # single elements of a buffer may be saved
 
     def enter(self, item: ref[Any], stretch: tuple[int, int] | None) -> None:
-        """Enter what occupies ``stretch``, the first and one past the last byte; None where that is not known."""
         self.size += 1
         if stretch is None:
             self._anywhere.append(item)
@@ -364,11 +352,44 @@ class Spans:
             items.append(item)
 
     def find(self, low: int, high: int) -> list[ref[Any]]:
-        """What may occupy a byte of ``[low, high)``."""
         found = list(self._anywhere)
         for stretch in self._map.find(low, high):
             found += self._by_stretch[stretch]
         return found
+
+
+class SpansByStorage(dict[int, _Spans]):
+    """Where in its storage lies each thing of a list: drawn when somebody first asks about a part of the storage.
+
+    Whoever takes something out of the middle of the list takes its storage out of here.
+
+    Args:
+        stretch_of: first and one past the last byte of a thing, counted from the beginning of its storage; the same
+            twice where it is gone, None where that is not known.
+    """
+
+    def __init__(self, stretch_of: Callable[[Any], tuple[int, int] | None]) -> None:
+        super().__init__()
+        self._stretch_of = stretch_of
+
+    def near(self, storage: int, things: list[Any], low: int, high: int) -> list[Any]:
+        """What of the list ``things`` of a storage may occupy a byte of ``[low, high)``."""
+        spans = self.get(storage)
+        if spans is None or spans.size > 2 * len(things) + _LARGE:
+            spans = self[storage] = _Spans()
+        fresh = things[spans.entered :]
+        for thing in fresh:
+            stretch = self._stretch_of(thing)
+            if stretch is None or stretch[0] < stretch[1]:
+                spans.enter(thing, stretch)
+        spans.entered += len(fresh)  # a finaliser may have added more
+        return spans.find(low, high)
+
+    def shortened(self, storage: int, length: int) -> None:
+        """The list of a storage has lost its end, or another thing stands there."""
+        spans = self.get(storage)
+        if spans is not None:
+            spans.entered = min(spans.entered, length)
 
 
 class _AddressMap:
