@@ -339,15 +339,29 @@ def test_a_graph_in_a_cycle_is_collected(empty_ledger: None) -> None:
 # ---- threads -------------------------------------------------------------------------------------------------
 
 
+def in_three_dozen_threads(work: Callable[[int], None]) -> None:
+    """Have each call ``work`` with its number, all at once."""
+    barrier = threading.Barrier(36)
+
+    def run(number: int) -> None:
+        barrier.wait(60)
+        work(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(36)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads), "a deadlock"
+
+
 def test_three_dozen_threads_with_guards_of_all_kinds(found: Callable[[], Any]) -> None:
     """watch() has all threads' ``.data`` share counters while it is on: what strict() would raise, PyTorch may refuse."""
     before = found()
     wrong: list[str] = []
-    barrier = threading.Barrier(36)
 
     def work(number: int) -> None:
         chance = random.Random(number)
-        barrier.wait(60)
         for _ in range(6):
             kind, corrupting = chance.choice([*ALL_KINDS]), chance.random() < 0.5
             a = leaf()
@@ -364,14 +378,9 @@ def test_three_dozen_threads_with_guards_of_all_kinds(found: Callable[[], Any]) 
             elif kind == "repair" and not refused and not torch.equal(a.grad, a.detach().exp()):
                 wrong.append(f"thread {number}: not repaired")
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(36)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-    assert not any(thread.is_alive() for thread in threads), "a deadlock"
+        in_three_dozen_threads(work)
     assert wrong == []
     assert before.differences() == []
 
@@ -380,11 +389,9 @@ def test_three_dozen_threads(found: Callable[[], Any]) -> None:
     """Guards come and go in each while the others save, write and read; each catches its own, and nothing hangs."""
     before = found()
     wrong: list[str] = []
-    barrier = threading.Barrier(36)
 
     def work(number: int) -> None:
         chance = random.Random(number)
-        barrier.wait(60)
         for _ in range(12):
             corrupting, raising = chance.random() < 0.5, chance.random() < 0.5
             a = leaf()
@@ -400,12 +407,7 @@ def test_three_dozen_threads(found: Callable[[], Any]) -> None:
             if spoke != corrupting:
                 wrong.append(f"thread {number}: spoke {spoke}, corrupting {corrupting}, raising {raising}")
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(36)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not any(thread.is_alive() for thread in threads), "a deadlock"
+    in_three_dozen_threads(work)
     assert wrong == []
     assert before.differences() == []
 

@@ -376,33 +376,48 @@ def _from_its_own_conjugate(c: torch.Tensor) -> Any:
     c[:2].copy_(c[:2].conj())
 
 
+def _written_by_data(make: Any, write: Any, late: bool = False) -> Any:
+    """``make`` gives a leaf, what is saved, and an output; ``write`` writes to ``.data`` of the second."""
+
+    def body(run: Run) -> Any:
+        w, saved, out = make(run)
+        c = saved.data
+        if not late:
+            run.write(write, c)
+        out.sum().backward()
+        if late:
+            run.write(write, c)
+        return [w.grad]
+
+    return body
+
+
 def _complex_programs() -> None:
-    def body_for(make: Any, write: Any, late: bool = False) -> Any:
-        def body(run: Run) -> Any:
-            w, z, out = make(run)
-            c = z.data
-            if not late:
-                run.write(write, c)
-            out.sum().backward()
-            if late:
-                run.write(write, c)
-            return [w.grad]
-
-        return body
-
     route = "complex alias"
     writes = (_real, _imag, _set_real, _set_imag, _as_real, _conjugate_view, _negative_view, _complex_mul)
     for write in (*writes, _from_a_conjugate, _from_its_own_conjugate):
         name = f"complex{write.__name__}"
-        add(body_for(_complex, write), name=name, route=route, kind="corrupting")
-        add(body_for(_complex, write, True), name=f"{name}_after_backward", route=route, kind="innocent", twin_of=name)
+        add(_written_by_data(_complex, write), name=name, route=route, kind="corrupting")
+        add(
+            _written_by_data(_complex, write, True),
+            name=f"{name}_after_backward",
+            route=route,
+            kind="innocent",
+            twin_of=name,
+        )
     for twin in (_conjugate_view_as_it_was, _negative_view_as_it_was, _from_a_conjugate_as_it_was):
         of = f"complex{twin.__name__.removesuffix('_as_it_was')}"
-        add(body_for(_complex, twin), name=f"complex{twin.__name__}", route=route, kind="innocent", twin_of=of)
+        add(_written_by_data(_complex, twin), name=f"complex{twin.__name__}", route=route, kind="innocent", twin_of=of)
     for hit, miss in ((_real, _imag), (_set_real, _set_imag), (_as_real, _as_real_imag)):
         name = f"real_part_saved{hit.__name__}"
-        add(body_for(_complex_part, hit), name=name, route=route, kind="corrupting")
-        add(body_for(_complex_part, miss), name=f"{name}_not_touched", route=route, kind="innocent", twin_of=name)
+        add(_written_by_data(_complex_part, hit), name=name, route=route, kind="corrupting")
+        add(
+            _written_by_data(_complex_part, miss),
+            name=f"{name}_not_touched",
+            route=route,
+            kind="innocent",
+            twin_of=name,
+        )
 
 
 _complex_programs()
@@ -430,21 +445,12 @@ def _quantise(values: list[float]) -> torch.Tensor:
         return torch.quantize_per_tensor(torch.tensor(values), 0.5, 0, torch.qint8)
 
 
+def _quantised(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    w, q = run.leaf([1.0, 2.0, 3.0]), _quantise([1.0, 2.0, 3.0])
+    return w, q, _Quantised.apply(w, q)  # type: ignore[no-untyped-call] # saved
+
+
 def _quantised_programs() -> None:
-    def body_for(write: Any, late: bool = False) -> Any:
-        def body(run: Run) -> Any:
-            w, q = run.leaf([1.0, 2.0, 3.0]), _quantise([1.0, 2.0, 3.0])
-            out = _Quantised.apply(w, q)  # type: ignore[no-untyped-call] # saved
-            c = q.data
-            if not late:
-                run.write(write, c)
-            out.sum().backward()
-            if late:
-                run.write(write, c)
-            return [w.grad]
-
-        return body
-
     route = "quantised alias"
     writes = {
         "fill": lambda c: c.fill_(2.0),
@@ -453,15 +459,30 @@ def _quantised_programs() -> None:
     }
     for name, write in writes.items():
         name = f"quantised_{name}"
-        add(body_for(write), name=name, route=route, kind="corrupting", caught="read", every_call="read")
-        add(body_for(write, True), name=f"{name}_after_backward", route=route, kind="innocent", twin_of=name)
+        add(
+            _written_by_data(_quantised, write),
+            name=name,
+            route=route,
+            kind="corrupting",
+            caught="read",
+            every_call="read",
+        )
+        add(
+            _written_by_data(_quantised, write, True),
+            name=f"{name}_after_backward",
+            route=route,
+            kind="innocent",
+            twin_of=name,
+        )
     same = {
         "copy": lambda c: c.copy_(_quantise([1.0, 2.0, 3.0])),
         "row": lambda c: c[1:2].fill_(2.0),
     }
     for name, write in same.items():
         of = f"quantised_{name}"
-        add(body_for(write), name=f"{of}_of_what_is_there", route=route, kind="innocent", twin_of=of)
+        add(
+            _written_by_data(_quantised, write), name=f"{of}_of_what_is_there", route=route, kind="innocent", twin_of=of
+        )
 
 
 _quantised_programs()
