@@ -54,6 +54,7 @@ from torchguard._patching import (
     keep_from_the_compiler,
     lock,
     scripted,
+    surely,
     without_collections,
 )
 from torchguard._rereads import let_go
@@ -620,20 +621,15 @@ def uninstall() -> None:
             _restore()
 
 
-def _restore() -> None:
-    try:
-        _put_back()
-    except BaseException:  # Ctrl-C, say: no patch outlives it
-        _put_back()
-        raise
-
-
 def _put_back() -> None:
     _hooks.take_no_notes("what is patched")
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
     for patch in reversed([*_patches, *_compiler_patches]):
         patch.restore()
+
+
+_restore = surely(_put_back)
 
 
 class _WhileAsked:

@@ -250,6 +250,19 @@ def keep_from_the_compiler() -> None:
         codes += filter(inspect.iscode, code.co_consts)
 
 
+def surely(put_back: Callable[[], None]) -> Callable[[], None]:
+    """``put_back``, and once more where that is interrupted (Ctrl-C, say): no patch outlives it."""
+
+    def _restore() -> None:
+        try:
+            put_back()
+        except BaseException:
+            put_back()
+            raise
+
+    return _restore
+
+
 @contextlib.contextmanager
 def without_collections() -> Iterator[None]:
     """The many small objects made here stay: a search for garbage among them and all of torch takes longer than they

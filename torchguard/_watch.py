@@ -27,6 +27,7 @@ from torchguard._patching import (
     keep_from_the_compiler,
     lock,
     scripted,
+    surely,
     without_collections,
 )
 from torchguard._saves import LEDGER, Save
@@ -603,14 +604,6 @@ def uninstall() -> None:
             _restore()
 
 
-def _restore() -> None:
-    try:
-        _put_back()
-    except BaseException:  # Ctrl-C, say: no patch outlives it
-        _put_back()
-        raise
-
-
 def _put_back() -> None:
     for wrapper, _ in _script_names:
         _torch.remove_script_name(wrapper)
@@ -619,3 +612,6 @@ def _put_back() -> None:
     TRACES.clear()
     _evaluations.clear()
     _counters.clear()
+
+
+_restore = surely(_put_back)
