@@ -491,3 +491,17 @@ def test_an_alias_is_held_by_torchs_own_kind_of_weak_reference() -> None:
         kept = x.data
         (entry,) = (entry for entry in ALIASES.young.values() if entry[0]() is kept)
         assert type(entry[0]) is _torch.ref
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_it_runs_alone_on_plain_objects() -> None:
+    """For other Pythons: ``python3.12 tests/native_alone.py``."""
+    ran = subprocess.run(
+        [sys.executable, "-X", "dev", str(ROOT / "tests" / "native_alone.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.endswith("rounds of the part in C\n")
