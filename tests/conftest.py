@@ -18,6 +18,7 @@ from hypothesis import settings
 
 import torchguard
 from torchguard import _hooks, _intercept, _policy, _torch
+from torchguard._aliases import _SLACK, ALIASES
 from torchguard._hooked import HookedSave
 from torchguard._saves import LEDGER
 
@@ -159,11 +160,16 @@ def _forget_cycles() -> None:
 
 @pytest.fixture
 def empty_ledger() -> None:
-    """What other tests have left in uncollectable cycles of their own is not to be counted."""
+    """What other tests have left in uncollectable cycles of their own is not to be counted, nor the aliases of it: what
+    lives of them is swept late, and a storage that is gone may have left its address to one of this test's.
+    """
     gc.collect()
     LEDGER.file()
     for storage in list(LEDGER.groups):
         LEDGER._close(storage)
+    for by_storage in (ALIASES.by_storage, ALIASES.young, ALIASES._spans):
+        by_storage.clear()
+    ALIASES._sweep_at = _SLACK
 
 
 @pytest.fixture
