@@ -133,6 +133,9 @@ def _at_scale(found: dict[str, Any], most: int, steps: int, keep: Callable[[], N
     ]
     for mode in _MODES_AT_SCALE:
         questions.append(("memory", mode, min(100_000, most), f"memory of a live save, {mode}"))
+    for mode in ("bare", "strict"):
+        questions.append(("aliases", mode, 300, f"a step while aliases of all parameters are kept, {mode}"))
+        questions += [("flat_buffer", mode, n, f"{n} parameters cut from one buffer, {mode}") for n in scale.FLAT]
     for mode in (*_MODES_AT_SCALE, "watch"):
         questions.append(("long_run", mode, steps, f"memory over {steps} steps, {mode}"))
     for done, (question, mode, number, title) in enumerate(questions):
@@ -261,11 +264,16 @@ def main() -> None:
 def scale_table(found: dict[str, Any]) -> str:
     """Cost against live saves, memory a live save and over a long run, in lines."""
     lines = []
-    for question, unit in (("costs", "µs"), ("steps", "steps")):
-        for mode, by_live in found.get(question, {}).items():
-            for live, one in by_live.items():
+    for question, unit, of in (
+        ("costs", "µs", "live"),
+        ("steps", "steps", "live"),
+        ("aliases", "µs", "steps"),
+        ("flat_buffer", "µs a parameter", "parameters of one buffer"),
+    ):
+        for mode, by_number in found.get(question, {}).items():
+            for number, one in by_number.items():
                 cells = one.get("error") or ", ".join(f"{k} {v:.4g} {unit}" for k, v in one.items() if k != "live")
-                lines.append(f"{mode}, {live} live: {cells}")
+                lines.append(f"{mode}, {number} {of}: {cells}")
     for mode, by_live in found.get("memory", {}).items():
         for one in by_live.values():
             told = one.get("error") or format(one["bytes"], ".0f") + " bytes a live save, the graph included"

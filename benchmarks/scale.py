@@ -19,10 +19,12 @@ import torch
 
 from benchmarks.instructions import PYTHON_ALONE, count_steps
 from benchmarks.modes import MODES
+from benchmarks.workloads import mlp_model
 from torchguard._aliases import ALIASES
 from torchguard._saves import LEDGER
 from torchguard._traces import TRACES
 
+FLAT = (25, 100, 400)
 LIVE = (100, 1_000, 10_000, 100_000, 1_000_000)
 STEPS = 100_000
 
@@ -101,6 +103,60 @@ def memory(mode: str, number: int) -> dict[str, float]:
         return {"bytes": (_resident() - before) / len(kept)}
 
 
+def _best_step(step: Callable[[], object], rounds: int) -> float:
+    for _ in range(5):
+        step()
+    return _best(step, batch=1, rounds=rounds)
+
+
+def aliases(mode: str, number: int) -> dict[str, float]:
+    """Microseconds for a step of the multi-layer perceptron, the best of ``number``, without and with a list of all
+    ``p.data`` kept.
+    """
+    with MODES[mode]():
+        torch.manual_seed(0)
+        model = mlp_model("cpu")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        x, y = torch.randn(64, 256), torch.randint(0, 10, (64,))
+
+        def step() -> None:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        found = {"step": _best_step(step, number)}
+        kept = [p.data for p in model.parameters()]
+        found["step, aliases kept"] = _best_step(step, number)
+        return {**found, "live": float(len(kept))}
+
+
+def flat_buffer(mode: str, number: int) -> dict[str, float]:
+    """Microseconds a parameter for a step with ``number`` of them, cut from one buffer, without and with a list of all
+    ``p.data`` kept.
+    """
+    with MODES[mode]():
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(16)) for _ in range(number)]
+        buffer = torch.cat([p.detach() for p in parameters])
+        for i, p in enumerate(parameters):
+            p.data = buffer[16 * i : 16 * i + 16]
+        optimizer = torch.optim.SGD(parameters, lr=1e-3)
+        x = torch.randn(16)
+
+        def step() -> None:
+            h = x
+            for p in parameters:
+                h = torch.tanh(h * p)
+            h.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        found = {"step": _best_step(step, 30) / number}
+        kept = [p.data for p in parameters]
+        found["step, aliases kept"] = _best_step(step, 30) / number
+        return {**found, "live": float(len(kept))}
+
+
 def long_run(mode: str, number: int) -> dict[str, Any]:
     """Resident memory over so many training steps, with a list of all ``p.data`` kept throughout, and what the guard
     holds at the end.
@@ -130,6 +186,8 @@ QUESTIONS: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "costs": costs,
     "steps": steps,
     "memory": memory,
+    "aliases": aliases,
+    "flat_buffer": flat_buffer,
     "long_run": long_run,
 }
 

@@ -46,7 +46,8 @@ def chain_in_place(device: str) -> Step:
     return step
 
 
-def _mlp(device: str) -> torch.nn.Sequential:
+def mlp_model(device: str) -> torch.nn.Sequential:
+    """Three layers of width 256, 256 and 10."""
     return torch.nn.Sequential(
         torch.nn.Linear(256, 256),
         torch.nn.ReLU(),
@@ -58,7 +59,7 @@ def _mlp(device: str) -> torch.nn.Sequential:
 
 def mlp(device: str) -> Step:
     """A multi-layer perceptron of width 256, batch 64, SGD."""
-    model = _mlp(device)
+    model = mlp_model(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x, y = torch.randn(64, 256, device=device), torch.randint(0, 10, (64,), device=device)
 
@@ -72,7 +73,7 @@ def mlp(device: str) -> Step:
 
 def legacy(device: str) -> Step:
     """The same model with a hand-written ``.data`` optimiser and an EMA copy."""
-    model = _mlp(device)
+    model = mlp_model(device)
     average = copy.deepcopy(model)
     x, y = torch.randn(64, 256, device=device), torch.randint(0, 10, (64,), device=device)
 
@@ -208,7 +209,7 @@ def gpt(device: str) -> Step:
 
 def mlp_compiled(device: str) -> Step:
     """The multi-layer perceptron, compiled."""
-    model = _mlp(device)
+    model = mlp_model(device)
     compiled = torch.compile(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x, y = torch.randn(64, 256, device=device), torch.randint(0, 10, (64,), device=device)
@@ -223,7 +224,7 @@ def mlp_compiled(device: str) -> Step:
 
 def mlp_autocast(device: str) -> Step:
     """The multi-layer perceptron in bfloat16 by autocast."""
-    plain = _mlp(device)
+    plain = mlp_model(device)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
     x, y = torch.randn(64, 256, device=device), torch.randint(0, 10, (64,), device=device)
 
