@@ -183,13 +183,24 @@ def test_the_step_may_be_a_function_and_an_allowed_write_has_one() -> None:
     assert [violation.step for violation in guard.allowed] == [7]
 
 
-@pytest.mark.parametrize("step", [lambda: 1 // 0, "seven", lambda: None])
+@pytest.mark.parametrize("step", [lambda: 1 // 0, lambda: "seven", lambda: None, float("nan")])
 def test_a_step_that_is_none_hurts_nobody(step: Any) -> None:
     with torchguard.Guard(action="record") as guard:
         guard.step = step
         corrupt()
     (violation,) = guard.violations
     assert violation.step is None
+
+
+@pytest.mark.parametrize("step", ["seven", [7]])
+def test_what_can_be_no_step_is_refused_in_one_line(step: Any) -> None:
+    guard = torchguard.Guard(action="record")
+    guard.step = torch.tensor(6)
+    with pytest.raises(
+        TypeError, match=r"^torchguard: guard\.step is a number, a function that returns one, or None, not"
+    ):
+        guard.step = step
+    assert guard.step == 6
 
 
 def test_a_decorated_function_is_told_the_step() -> None:

@@ -26,6 +26,8 @@ Depth = Literal["watch", "saves", "bytes"]
 
 Suppressions = _suppressions.Suppressions | str | os.PathLike[str] | Iterable[str] | None
 
+Step = int | Callable[[], int] | None
+
 
 class _Block:
     """A context manager that also decorates functions, generator functions and coroutine functions."""
@@ -163,7 +165,7 @@ class Guard(_Block):
         self.listener: Callable[[Violation, bool], None] | None = None
         #: How many sites to warn of; None for all.
         self.max_reports: int | None = None
-        self.step: int | Callable[[], int] | None = None
+        self._step: Step = None
         #: Counts while it is on. (Used by torchguard.)
         self.tally = Tally()
         self._warned = 0
@@ -173,6 +175,21 @@ class Guard(_Block):
         self._patches: list[Any] = []
         self._thread = 0
 
+    @property
+    def step(self) -> Step:
+        """Which step of the training this is, or a function that says so.
+
+        Raises:
+            TypeError: when it is set to anything else, but for None.
+        """
+        return self._step
+
+    @step.setter
+    def step(self, step: Step) -> None:
+        if not (step is None or callable(step) or hasattr(step, "__int__")):
+            raise TypeError(f"torchguard: guard.step is a number, a function that returns one, or None, not {step!r}")
+        self._step = step
+
     def __repr__(self) -> str:
         return f"<torchguard.Guard action={self.action!r}, {self._state}, {len(self.violations)} violations>"
 
@@ -180,7 +197,7 @@ class Guard(_Block):
         guard = Guard(self.action, self.at, self.depth, self.every_call, self.suppressions)
         guard.findings = self.findings  # what the calls of a decorated function find, the decorator knows
         guard.findings.sum_up_at_exit = self.action == "repair"
-        guard.step = self.step
+        guard._step = self._step
         guard.tally = self.tally
         return guard
 
@@ -365,7 +382,7 @@ class Guard(_Block):
 
     def _with_step(self, violation: Violation) -> Violation:
         try:
-            step = self.step() if callable(self.step) else self.step
+            step = self._step() if callable(self._step) else self._step
             return violation if step is None else replace(violation, step=int(step))
         except Exception:  # the user's function, or the user's number: the violation must be told all the same
             return violation
