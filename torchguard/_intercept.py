@@ -66,7 +66,8 @@ from torchguard._writers import Writer
 WRITERS: dict[Any, Writer] = {}
 
 
-_METHOD_IN_C: Any = None if native is None else native.Method
+#: Asked by ``isinstance``: of ``type(func)`` dynamo makes a guard that no method in C passes.
+_METHOD_IN_C: Any = () if native is None else native.Method
 
 
 class Override(TorchFunctionMode):
@@ -77,7 +78,7 @@ class Override(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # dynamo traces through here: nothing in its way, no graph break
-            if type(func) is _METHOD_IN_C:
+            if isinstance(func, _METHOD_IN_C):
                 func = func.original  # dynamo looks no further than the type of what it calls
             return func(*args, **kwargs)
         writer = _writer_of(func, kwargs)
