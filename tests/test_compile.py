@@ -103,8 +103,15 @@ class Cube(torch.autograd.Function):
         return grad * 3 * x**2
 
 
-FUNCTIONS = [pointwise, in_place, inplace_functionals, reads_data, writes_to_data_of_a_copy, foreach, breaks, views,
-             checkpointed, custom]  # fmt: skip
+def by_the_class(x: torch.Tensor) -> torch.Tensor:
+    y = torch.Tensor.add_(x * 2, 1)
+    for method in (torch.Tensor.mul_, torch.Tensor.sub_):
+        method(y, x)
+    return functools.partial(torch.Tensor.clamp_, y)(max=3) * x
+
+
+FUNCTIONS = [by_the_class, pointwise, in_place, inplace_functionals, reads_data, writes_to_data_of_a_copy, foreach,
+             breaks, views, checkpointed, custom]  # fmt: skip
 
 
 def use(function: Callable[..., Any]) -> Any:
@@ -197,12 +204,13 @@ def test_explain(function: Callable[..., Any]) -> None:
     assert not difference(found, expected)
 
 
+@pytest.mark.parametrize("every_call", [False, True])
 @pytest.mark.parametrize("function", [f for f in FUNCTIONS if f is not breaks])
-def test_without_graph_breaks(function: Callable[..., Any]) -> None:
+def test_without_graph_breaks(function: Callable[..., Any], every_call: bool) -> None:
     """``fullgraph=True`` refuses any break."""
     expected = attempt(lambda: use(torch.compile(function, backend="eager", fullgraph=True)))
     torch._dynamo.reset()
-    with under("strict"):
+    with torchguard.strict(every_call=every_call):
         found = attempt(lambda: use(torch.compile(function, backend="eager", fullgraph=True)))
     assert not difference(_first_line(found), _first_line(expected))
 

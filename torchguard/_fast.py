@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 #: Of the part in C that this part in Python works with; one that was compiled from an earlier checkout is another.
-_REVISION = 1
+_REVISION = 2
 
 #: The module ``_native``. None where it was not built (no compiler), where ``TORCHGUARD_NATIVE=0`` asks for Python
 #: alone, and where threads run freely: importing it would have Python switch its global lock on.

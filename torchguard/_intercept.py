@@ -66,10 +66,6 @@ from torchguard._writers import Writer
 WRITERS: dict[Any, Writer] = {}
 
 
-#: Asked by ``isinstance``: of ``type(func)`` dynamo makes a guard that no method in C passes.
-_METHOD_IN_C: Any = () if native is None else native.Method
-
-
 class Override(TorchFunctionMode):
     """Function in; what does it write; verdict; call."""
 
@@ -78,8 +74,6 @@ class Override(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # dynamo traces through here: nothing in its way, no graph break
-            if isinstance(func, _METHOD_IN_C):
-                func = func.original  # dynamo looks no further than the type of what it calls
             return func(*args, **kwargs)
         writer = _writer_of(func, kwargs)
         if writer is None:

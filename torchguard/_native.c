@@ -16,7 +16,7 @@
 #include <structmember.h>
 
 /* Moves whenever what is handed over here, or what it means, is changed: `_fast.py` uses no other. */
-#define REVISION 1
+#define REVISION 2
 
 /* ---- a save ---------------------------------------------------------------------------------------------------- */
 
@@ -1042,6 +1042,42 @@ method_init(Method *self, PyObject *arguments, PyObject *keywords)
     return 0;
 }
 
+/* dynamo finds this and not what stands on the class, and looks it up among the methods of torch.Tensor. */
+static PyObject *
+method_attribute(PyObject *self, void *name)
+{
+    PyObject *original = ((Method *)self)->original;
+    return is_made(original) ? PyObject_GetAttrString(original, (const char *)name) : NULL;
+}
+
+static PyObject *
+method_class(PyObject *self, void *unused)
+{
+    PyObject *original = ((Method *)self)->original;
+    return Py_NewRef((PyObject *)Py_TYPE(original == NULL ? self : original));
+}
+
+static Py_hash_t
+method_hash(PyObject *self)
+{
+    PyObject *original = ((Method *)self)->original;
+    return is_made(original) ? PyObject_Hash(original) : -1;
+}
+
+static PyObject *
+method_compare(PyObject *self, PyObject *other, int how)
+{
+    PyObject *original = ((Method *)self)->original;
+    return is_made(original) ? PyObject_RichCompare(original, other, how) : NULL;
+}
+
+static PyGetSetDef method_attributes[] = {
+    {"__class__", method_class, NULL, NULL, NULL},
+    {"__name__", method_attribute, NULL, NULL, "__name__"},
+    {"__objclass__", method_attribute, NULL, NULL, "__objclass__"},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyMemberDef method_members[] = {
     {"original", T_OBJECT, offsetof(Method, original), READONLY, NULL},
     {"on_class", T_OBJECT, offsetof(Method, on_class), READONLY, NULL},
@@ -1208,6 +1244,9 @@ static PyTypeObject MethodType = {
     .tp_call = PyVectorcall_Call,
     .tp_descr_get = method_get,
     .tp_members = method_members,
+    .tp_getset = method_attributes,
+    .tp_hash = method_hash,
+    .tp_richcompare = method_compare,
 };
 
 static PyTypeObject DataType = {

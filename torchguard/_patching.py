@@ -140,6 +140,21 @@ class RoutedMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._self_call(*args, **kwargs)
 
+    # dynamo finds this and not what stands on the class, and looks it up among the methods of torch.Tensor.
+    @property
+    def __wrapped__(self) -> Any:
+        return self.on_class.__wrapped__
+
+    __class__ = _of_what_is_wrapped("__class__")
+    __name__ = _of_what_is_wrapped("__name__")
+    __objclass__ = _of_what_is_wrapped("__objclass__")
+
+    def __eq__(self, other: object) -> Any:
+        return self.__wrapped__ == other
+
+    def __hash__(self) -> int:
+        return hash(self.__wrapped__)
+
 
 #: The types of what stands in ``torch.Tensor`` for a method that writes.
 ROUTED_METHODS: Any = (RoutedMethod,) if native is None else (RoutedMethod, native.Method)
