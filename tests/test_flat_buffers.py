@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -182,3 +183,120 @@ def test_an_unseen_write_through_a_view_that_reaches_further(
         with torchguard.strict(at=at) as guard:
             assert torch.equal(gradient_of_one(innocent), right)
         assert guard.violations == []
+
+
+# ---- parts that share a counter -----------------------------------------------------------------------------------
+
+HALF = 20
+#: Elements of a part: more than are copied when something is saved that has a living alias.
+LONG = 5000
+
+
+class Parts:
+    """Parameters pointed at the parts of a buffer that somebody holds; the first half of them is saved.
+
+    The parts share one version counter, the parameters have one each: what moves when one part is written to is no
+    sign of a write to another.
+    """
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        *self.parts, self.spare = (torch.rand((2 * HALF + 1) * LONG) + 0.5).split(LONG)
+        self.parameters = [torch.nn.Parameter(torch.empty(LONG)) for _ in self.parts]
+        for p, part in zip(self.parameters, self.parts, strict=True):
+            p.data = part
+        self.losses = [p.square().sum() for p in self.parameters[:HALF]]  # saves each parameter
+
+    def write_unseen(self, number: int) -> None:
+        torch.mul(self.parts[number], 2.0, out=self.parts[number])
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        for loss in self.losses:
+            loss.backward()
+        return [p.grad for p in self.parameters[:HALF]]
+
+
+def then_each_parameter(parts: Parts) -> None:
+    parts.parts[-1].mul_(2)
+    with torch.no_grad():
+        for p in parts.parameters[HALF:]:
+            p.mul_(2)
+
+
+def two_of_them_twice(parts: Parts) -> None:
+    for _ in range(2):
+        parts.parts[-1].mul_(2)
+        parts.parts[-3].mul_(2)
+
+
+def unseen_and_then_seen(parts: Parts) -> None:
+    parts.write_unseen(0)
+    parts.parts[-1].mul_(2)
+
+
+def seen_unseen_and_seen(parts: Parts) -> None:
+    parts.parts[-1].mul_(2)
+    parts.write_unseen(0)
+    parts.parts[-2].mul_(2)
+
+
+def seen_and_then_unseen(parts: Parts) -> None:
+    parts.parts[-1].mul_(2)
+    parts.write_unseen(0)
+
+
+def unseen_read_and_seen(parts: Parts) -> None:
+    parts.write_unseen(0)
+    with contextlib.suppress(torchguard.SavedTensorCorruptionError):
+        parts.losses.pop(5).backward()
+    parts.parts[5].mul_(2)
+
+
+def unseen_and_then_where_nothing_lies(parts: Parts) -> None:
+    parts.write_unseen(0)
+    parts.spare.mul_(2)
+
+
+PARTS_APART: list[Callable[[Parts], None]] = [
+    lambda parts: parts.parts[-1].mul_(2),
+    lambda parts: parts.spare.mul_(2),
+    lambda parts: parts.parts[-1].detach().mul_(2),
+    lambda parts: torch._foreach_mul_(parts.parts[HALF:], 2.0),
+    then_each_parameter,
+    two_of_them_twice,
+]
+
+
+@pytest.mark.parametrize("every_call", [False, True])
+@pytest.mark.parametrize("write", PARTS_APART)
+def test_a_judged_write_to_another_part_is_silent(write: Callable[[Parts], None], every_call: bool) -> None:
+    right = Parts().gradients()
+    with torchguard.strict(every_call=every_call):
+        parts = Parts()
+        write(parts)
+        found = parts.gradients()
+    assert all(map(torch.equal, found, right))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        unseen_and_then_seen,
+        seen_and_then_unseen,
+        seen_unseen_and_seen,
+        unseen_read_and_seen,
+        unseen_and_then_where_nothing_lies,
+    ],
+)
+def test_an_unseen_write_is_not_taken_for_a_judged_one(write: Callable[[Parts], None]) -> None:
+    parts = Parts()
+    write(parts)
+    wrong, right = parts.gradients()[0], Parts().gradients()[0]
+    assert wrong is not None
+    assert right is not None
+    assert not torch.equal(wrong, right)
+    with torchguard.strict():
+        parts = Parts()
+        write(parts)
+        with pytest.raises(torchguard.SavedTensorCorruptionError):
+            parts.losses[0].backward()

@@ -10,6 +10,7 @@ A write that the guard saw and judged moves the expectation, so that only unseen
 
 Note [Many aliases of one storage]. Parameters cut from one flat buffer are hundreds of aliases of one storage. A save,
 a read and a write look at those only that share a byte with them, by an index that is drawn where there are many.
+Aliases of other parts may share the counter that a judged write moves: what it moved is noted, and asked when they are.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _SLACK = 8
 FEW_YOUNG = 1024
 #: Up to so many aliases of one storage are looked at one by one.
 _FEW = 16
+#: Counters that judged writes have moved, of one storage with many aliases.
+_JUDGED_KEPT = 16
 #: Dead aliases of one storage whose counter is still watched: a ``detach()`` of a dead alias could still
 #: write.
 _DEAD_KEPT = 64
@@ -44,18 +47,20 @@ class AliasRecord(ref[torch.Tensor]):
 
     Attributes:
         instruction: where the alias was taken.
+        own: whether its counter was made with it, so that only views of it share the counter.
         counter: a tensor that shares the alias's version counter and no memory, or None.
         expected: version of the alias after the last write that was judged.
         span: the alias's memory, once ``counter`` is there.
         start: where its storage began then: a storage can be moved.
     """
 
-    __slots__ = ("counter", "expected", "instruction", "span", "start")
+    __slots__ = ("counter", "expected", "instruction", "own", "span", "start")
 
     def __new__(cls, alias: torch.Tensor, instruction: Instruction, version: int) -> AliasRecord:
         self: AliasRecord = ref.__new__(cls, alias)
         self.instruction = instruction
         self.expected = version
+        self.own = False
         self.counter = None
         self.span = None
         self.start = 0
@@ -65,6 +70,7 @@ class AliasRecord(ref[torch.Tensor]):
     def __init__(self, *_: Any) -> None: ...
 
     instruction: Instruction
+    own: bool
     expected: int
     counter: torch.Tensor | None
     span: Span | None
@@ -109,6 +115,11 @@ class AliasRecord(ref[torch.Tensor]):
         version = -1 if alias is None else _memory.version_of(alias)
         return self.expected if version < 0 else version
 
+    def shares(self, tensor: torch.Tensor) -> bool:
+        """Whether the alias shares its version counter with ``tensor``; False where the alias is gone unwatched."""
+        alias = self() if self.counter is None else self.counter
+        return alias is not None and _memory.shares_counter(alias, tensor)
+
 
 class LentAlias(AliasRecord):
     """An alias to which ``watch()`` has given the counter of its source: plain ``.data`` would have its own."""
@@ -124,6 +135,20 @@ class LentAlias(AliasRecord):
         return self.expected
 
 
+class _Judged:
+    """A counter that a judged write has moved, and what is expected of it."""
+
+    __slots__ = ("counter", "expected")
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self.counter = _memory.counter_of(target)
+        self.expected = _memory.version_of(self.counter)
+
+    def is_counter_of(self, tensor: torch.Tensor) -> bool:
+        """Whether what moves this one moves the tensor's."""
+        return _memory.shares_counter(self.counter, tensor)
+
+
 class Aliases:
     """The aliases with a counter of their own, by storage."""
 
@@ -133,6 +158,8 @@ class Aliases:
         #: (``p.data.add_(...)``) and are dead when the next one comes.
         self.young: dict[int, tuple[ref[torch.Tensor], CodeType | None, int]] = {}
         self._spans = SpansByStorage(lambda record: record.stretch)  # of storages with many aliases
+        #: What judged writes to a part of such a storage have moved: aliases of other parts may share the counter.
+        self._judged: dict[int, list[_Judged]] = {}
         self._sweep_at = _SLACK
         self._sweep_young_at = FEW_YOUNG
 
@@ -158,6 +185,7 @@ class Aliases:
         """Let go of those of the records of a storage that are not to be kept."""
         if not kept:
             self.by_storage.pop(storage, None)
+            self._judged.pop(storage, None)
         elif len(kept) < len(records):
             self.by_storage[storage] = kept
         if len(kept) < len(records):
@@ -180,16 +208,22 @@ class Aliases:
         if entry is not None:
             alias = entry[0]()
             if alias is not None:
-                self.enter(alias, storage, None if entry[1] is None else (entry[1], entry[2]), 0)
+                self.enter(alias, storage, None if entry[1] is None else (entry[1], entry[2]))
 
     def enter(
-        self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0, lent: bool = False
+        self,
+        alias: torch.Tensor,
+        storage: int,
+        instruction: Instruction,
+        version: int | None = None,
+        lent: bool = False,
     ) -> AliasRecord:
-        """Take down an alias that has just been made."""
+        """Take down an alias that has just been made; without a version, one that nothing shares its counter with."""
         if storage in self.young:
             self._grow(storage)
         COUNTS.aliases += 1
-        record = (LentAlias if lent else AliasRecord)(alias, instruction, version)
+        record = (LentAlias if lent else AliasRecord)(alias, instruction, version or 0)
+        record.own = version is None
         records = self.by_storage.get(storage)
         if records is None:
             self.by_storage[storage] = [record]
@@ -284,16 +318,24 @@ class Aliases:
             return
         if not (LEDGER.any_in_storage(storage) if saves is None else saves):
             self.forget_dead(storage)
+            self._judged.pop(storage, None)
             for record in self.by_storage.get(storage, []):
                 record.expected = record.version
             return
-        for record in records if reached is None else self.near(storage, reached):
+        near_by = records if reached is None else self.near(storage, reached)
+        unseen = False
+        for record in near_by:
             version = record.version
             if version != record.expected:
                 record.expected = version
+                if storage in self._judged and self._is_judged(storage, record, version):
+                    continue
+                unseen = True
                 stretch = record.stretch if saves is None else None
                 near = saves or (LEDGER.near(storage, *stretch) if stretch else LEDGER.in_storage(storage))
                 self._mark(record, storage, near)
+        if unseen and len(near_by) < len(records):
+            self.sync(storage, saves=saves)  # what shares that counter must not take it for judged later
 
     def _mark(self, record: AliasRecord, storage: int, saves: list[Save]) -> None:
         alias = record()
@@ -327,10 +369,58 @@ class Aliases:
         if records is not None:
             self._keep(storage, records, [record for record in records if record() is not tensor])
 
+    def before_judged(self, storage: int, target: torch.Tensor) -> None:
+        """A write to ``target`` in this storage is judged: :meth:`sync` what it may reach, or move."""
+        if len(self.by_storage.get(storage, ())) > _FEW and not self._is_known(storage, target):
+            self.sync(storage)  # aliases of other parts may share the counter, and it may have moved unseen
+        else:
+            self.sync(storage, target)
+
+    def _is_known(self, storage: int, target: torch.Tensor) -> bool:
+        """Whether the counter of ``target`` has not moved since somebody last looked."""
+        version = _memory.version_of(target)
+        return (
+            version <= 0
+            or any(
+                judged.expected == version and judged.is_counter_of(target) for judged in self._judged.get(storage, ())
+            )
+            or any(
+                (record.own and record() is target) or (record.expected == version and record.shares(target))
+                for record in self.near(storage, target)
+            )
+        )
+
     def settle(self, storage: int, target: torch.Tensor | None = None) -> None:
         """A write into this storage, to ``target`` if that is known, has been judged: what moved by it is expected."""
-        for record in self.by_storage.get(storage, ()) if target is None else self.near(storage, target):
+        records = self.by_storage.get(storage, ())
+        alone = target is None or len(records) <= _FEW
+        for record in records if target is None else self.near(storage, target):
             record.expected = record.version
+            alone = alone or (record.own and record() is target)
+        if not alone and target is not None:
+            self._note_judged(storage, target)
+
+    def _note_judged(self, storage: int, target: torch.Tensor) -> None:
+        version = _memory.version_of(target)
+        if version <= 0 or type(target) not in _memory.PLAIN_TYPES or _torch.is_wrapper(target):
+            return
+        known = self._judged.setdefault(storage, [])
+        for judged in known:
+            if judged.is_counter_of(target):
+                judged.expected = version
+                return
+        known.append(_Judged(target))
+        if len(known) > _JUDGED_KEPT:
+            for record in self.by_storage.get(storage, ()):
+                if record.version != record.expected and self._is_judged(storage, record, record.version):
+                    record.expected = record.version
+            known.clear()
+
+    def _is_judged(self, storage: int, record: AliasRecord, version: int) -> bool:
+        """Whether it was by judged writes to other parts of the storage that the counter of an alias moved."""
+        return any(
+            judged.expected == version and record.shares(judged.counter) for judged in self._judged.get(storage, ())
+        )
 
     def lent(self, tensor: torch.Tensor, storage: int) -> bool:
         """Whether ``tensor`` is, or is a view of, an alias with a counter that plain ``.data`` would not share."""

@@ -229,7 +229,7 @@ def look(
         if not saves and not LEDGER.any_in_storage(storage):
             continue  # an alias's counter matters to live saves only
         if storage in ALIASES.by_storage or storage in ALIASES.young:
-            ALIASES.sync(storage, target)
+            ALIASES.before_judged(storage, target)
             watched.append((storage, target))
         rereads = [save for save in saves if isinstance(save, Reread)]
         if rereads and not (writer.keeps_statistics and running.depth):  # a checkpoint's function may update its own
@@ -625,13 +625,13 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 # ---- aliases -----------------------------------------------------------------------------------------------
 
 
-def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int = 0, lent: bool = False) -> None:
+def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int | None = None, lent: bool = False) -> None:
     """Take down an alias with a counter of its own (but if it is lent); watch it at once where a live save needs it."""
     storage = _memory.storage_of(alias)
     if not storage:
         return
     # One made in inference mode has no counter that would tell of a write; a nested one has no strides to tell where.
-    if version < 0 or _torch.is_flat_nested(alias):
+    if (version is not None and version < 0) or _torch.is_flat_nested(alias):
         for save in LEDGER.in_storage(storage):
             save.keep_proof(PROOF_BYTES_AT_ALIAS)
             if save.is_proven:
