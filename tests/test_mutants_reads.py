@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import torchguard
-from torchguard import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation, _audit, _reads
+from torchguard import SavedTensorCorruptionError, SavedTensorCorruptionWarning, Violation, _reads
 
 #: A forward, and what is written then: the leaf whose gradient is asked for, and what backward starts from.
 Program = Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -146,6 +146,15 @@ def test_a_write_that_nobody_saw(
     assert (violation.kind, violation.operation, violation.caught) == (kind, operation, "read")
     assert (source(violation.aliased), violation.elements) == (aliased, elements)
     assert source(violation.read) == source(violation.written) == "out.sum().backward()"
+
+
+def test_a_tensor_that_points_elsewhere_is_told_at_once_where_bytes_are_compared_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: what was saved is not in the memory that would be compared."""
+    monkeypatch.setattr(_reads, "SYNCHRONOUS", frozenset())
+    violation = told(pointed_elsewhere, torchguard.Guard("record", depth="bytes"))
+    assert (violation.kind, violation.operation) == ("rebind", "x.data = y")
 
 
 def test_an_alias_that_was_there_before_its_memory_was_saved() -> None:
@@ -494,7 +503,6 @@ def test_what_a_function_keeps_is_called_stashed_whoever_writes(
     at_once: bool, array: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not at_once:
-        monkeypatch.setattr(_audit, "SYNCHRONOUS", frozenset())
         monkeypatch.setattr(_reads, "SYNCHRONOUS", frozenset())
     x, y = leaf(), torch.ones(3)
     with torchguard.Guard("record", depth="bytes") as guard:
@@ -506,7 +514,8 @@ def test_what_a_function_keeps_is_called_stashed_whoever_writes(
         out.sum().backward()
     (violation,) = guard.violations
     assert violation.kind == "stashed"
-    assert violation.saved_by == ("Stashes, as ctx.y" if at_once else "")
+    if at_once:
+        assert violation.saved_by == "Stashes, as ctx.y"
 
 
 def boxed(write: Callable[[torch.Tensor], object]) -> Program:
