@@ -156,17 +156,19 @@ def _node_that_wrote(save: Save) -> str | None:
     instruction = save.instruction
     if save.inner_code is not None and not _places.is_ours(save.inner_code):  # else the guard makes the user's call
         instruction = save.inner_code, save.inner_offset
-    name = "" if instruction is None else _places.operation_of(instruction).removesuffix("_")
-    write = getattr(torch.ops.aten, f"{name}_", None) if name else None
+    if instruction is None:
+        return None
+    name = _places.operation_of(instruction).removesuffix("_")
+    write = getattr(torch.ops.aten, f"{name}_", None)
     if write is None:
         return None
     with _torch.unseen(), _torch.outside_transforms(), _torch.without_hooks(), torch.enable_grad():
-        tensor: Any = torch.ones((), requires_grad=True) * 1
+        tensor: Any = torch.ones((), requires_grad=True).clone()
         try:
             with _memory.same_random_numbers([tensor], ()):
                 write(tensor)
         except (RuntimeError, TypeError):  # it takes more than that
-            return "".join(word.capitalize() for word in name.split("_")) + "Backward0"
+            return f"{name.capitalize()}Backward0"
         return str(tensor.grad_fn.name())
 
 
