@@ -143,6 +143,8 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         (_KEPT, 100),
     ),
     "_reads": (
+        ("tests/test_mutants_reads.py", 1000),
+        ("tests/test_allow.py", 1000),
         ("tests/test_refusals.py", 200),
         ("tests/test_guard.py", 1000),
         ("tests/test_at_read.py", 1000),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from torchguard._exports import EXPORTS
 from torchguard._fast import native
 from torchguard._inputs import note_read
 from torchguard._rereads import Reread
-from torchguard._saves import LEDGER, Access, Part, Save
+from torchguard._saves import LEDGER, Access, Part, Remarks, Save
 from torchguard._violation import Kind
 
 #: A save's version once its tensor was detached in place, which PyTorch refuses to unpack.
@@ -61,7 +62,7 @@ def make_unpack() -> Callable[[Save], torch.Tensor]:
             _refuse(save)
         if (save.storage in young or save.storage in aliases) and not is_quiet(save.storage, save.tensor):
             ALIASES.sync(save.storage, save.tensor)
-        if save.remarks is not None or (save.node is None and _memory.storage_of(save.tensor) != save.storage):
+        if save.remarks is not None or _is_rebound(save):
             return _examine(save)
         return None
 
@@ -142,14 +143,38 @@ def _refuse(save: Save) -> None:
     node = None if save.node is None else save.node.__name__
     view = save.remark().view
     if view is not None and view() is None:
-        node = _torch.reading_node() or node
+        node = _node_that_wrote(save) or node
     raise _refusal.refusal(save.tensor, save.version, node, save.output)
+
+
+def _node_that_wrote(save: Save) -> str | None:
+    """Name of the node of the call that wrote a view in place and saved it; None where that cannot be told.
+
+    PyTorch names that one once the view is gone. The node that reads is another, around it, and does not show it: so
+    the call is made again, on a tensor of its own.
+    """
+    instruction = save.instruction
+    if save.inner_code is not None and not _places.is_ours(save.inner_code):  # else the guard makes the user's call
+        instruction = save.inner_code, save.inner_offset
+    if instruction is None:
+        return None
+    name = _places.operation_of(instruction).removesuffix("_")
+    write = getattr(torch.ops.aten, f"{name}_", None)
+    if write is None:
+        return None
+    with _torch.unseen(), _torch.outside_transforms(), _torch.without_hooks(), torch.enable_grad():
+        tensor: Any = torch.ones((), requires_grad=True).clone()
+        try:
+            with _memory.same_random_numbers([tensor], ()):
+                write(tensor)
+        except (RuntimeError, TypeError):  # it takes more than that
+            return f"{name.capitalize()}Backward0"
+        return str(tensor.grad_fn.name())
 
 
 def let_go(tensor: torch.Tensor) -> None:
     """Drop the weak holds on a view that was written in place: something asks for one without weak references."""
-    storage = _memory.storage_of(tensor)
-    for save in LEDGER.in_storage(storage) if storage else ():
+    for save in LEDGER.in_storage(_memory.storage_of(tensor)):
         if save.remarks is not None and save.remarks.view is not None and save.remarks.view() is tensor:
             save.remarks.view = None
 
@@ -162,8 +187,7 @@ def _examine(save: Save) -> torch.Tensor | None:
     if remarks.awaits is not None:
         awaits, remarks.awaits = remarks.awaits, None
         awaits()
-    tensor = save.tensor
-    rebound = save.node is None and save.storage != 0 and _memory.storage_of(tensor) != save.storage
+    rebound = _is_rebound(save)
     refused = save.moved and not remarks.stashed  # PyTorch would, and the guard in charge repairs
     if remarks.audited and remarks.writer is None and remarks.suspect is None and not (rebound or refused):
         kind_if_changed: Kind = "stashed" if remarks.stashed else "exported" if remarks.exports else "invisible"
@@ -185,6 +209,11 @@ def _examine(save: Save) -> torch.Tensor | None:
         else:
             kind = "unseen" if seen else "tracked" if refused else "exported"
         return _report(save, kind)
+
+
+def _is_rebound(save: Save) -> bool:
+    """Whether the tensor that was saved points at other memory now, and nobody has answered for it."""
+    return save.node is None and save.storage != 0 and _memory.storage_of(save.tensor) != save.storage
 
 
 def is_unused(save: Save) -> bool:
@@ -274,7 +303,7 @@ def examine_stashed(save: Save) -> torch.Tensor | None:
 
 def look_for_unseen_writes(leaving: bool = False) -> None:
     """Ask every watched counter now. On leaving an ``allow`` block, what moved in it is allowed."""
-    _look_at_exports(leaving)
+    _look_at_exports()
     for storage in list(ALIASES.by_storage) + list(ALIASES.young):
         saves = LEDGER.in_storage(storage)
         before = {id(save) for save in saves if save.remarks is not None and save.remarks.suspect is not None}
@@ -288,13 +317,13 @@ def look_for_unseen_writes(leaving: bool = False) -> None:
                     _examine(save)  # inside the block, so it is recorded as allowed
 
 
-def _look_at_exports(leaving: bool) -> None:
+def _look_at_exports() -> None:
     """Compare what code outside torch can write to. What changed in an ``allow`` block is allowed, and recorded.
 
     A save that had changed before is not looked at again until backward reads it.
     """
     EXPORTS.settle_dead()
-    inside = leaving or bool(_policy.state.reasons)
+    inside = bool(_policy.state.reasons)  # a block that is being left counts
     exported = list(EXPORTS.saves())
     # What no Python sees, and what nothing checks, can be told from what came before the block by its bytes alone.
     kept = [save for save in LEDGER.all_alive() if _is_kept_anyway(save)]
@@ -321,12 +350,12 @@ def leave_to(guard: _policy.Respondent) -> None:
     """``guard``, the last one, is being left: it answers for what was written under it and is read afterwards."""
     look_for_unseen_writes()
     for save in LEDGER.all_alive():
-        remarks = save.remarks
-        if save.tracked:
+        if save.tracked or ((_is_rebound(save) or _may_differ(save.remarks)) and not save.is_intact):
             save.remark().guard = guard
-        elif (
-            remarks is not None
-            and (remarks.suspect is not None or remarks.compare or (remarks.exports and remarks.proof is not None))
-            and not save.is_intact
-        ):
-            remarks.guard = guard
+
+
+def _may_differ(remarks: Remarks | None) -> bool:
+    """Whether the bytes are to be asked for."""
+    return remarks is not None and (
+        remarks.suspect is not None or remarks.compare or (bool(remarks.exports) and remarks.proof is not None)
+    )

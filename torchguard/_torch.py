@@ -852,12 +852,6 @@ def when_backward_ends(callback: Callable[[], None]) -> bool:
     return True
 
 
-def reading_node() -> str | None:
-    """Name of the node that backward runs in this thread right now."""
-    current = getattr(_C, "_current_autograd_node", lambda: None)()
-    return None if current is None else str(current.name())
-
-
 def reader() -> tuple[int, str] | None:
     """What tells the node that backward runs in this thread right now from every other."""
     current = getattr(_C, "_current_autograd_node", lambda: None)()
