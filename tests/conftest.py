@@ -167,7 +167,7 @@ def empty_ledger() -> None:
     LEDGER.file()
     for storage in list(LEDGER.groups):
         LEDGER._close(storage)
-    for by_storage in (ALIASES.by_storage, ALIASES.young, ALIASES._spans):
+    for by_storage in (ALIASES.by_storage, ALIASES.young, ALIASES._spans, ALIASES._judged):
         by_storage.clear()
     ALIASES._sweep_at = _SLACK
 

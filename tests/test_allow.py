@@ -22,6 +22,42 @@ def corrupt() -> None:
     y.data.zero_()
 
 
+class Named(torch.Tensor): ...
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Named])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("corrupts", [True, False])
+def test_memory_that_a_saved_tensor_is_allowed_to_point_at_is_watched(kind: Any, kept: bool, corrupts: bool) -> None:
+    """Somebody has an alias of it from before, and writes by a call that nobody sees."""
+    keeper = []
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x = leaf()
+        out = x * x
+        other = torch.ones(3)
+        alias = other.data
+        if kept:
+            keeper.append(alias)
+        with allow("the swap"):
+            x.data = other.as_subclass(kind)
+        if writes:
+            torch.full((3,), 0.0 if corrupts else 1.0, out=alias)
+        return x, out
+
+    gradients = []
+    for writes in (False, True):
+        x, out = program(writes)
+        out.sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) != corrupts  # type: ignore[arg-type]
+    with Guard("record") as guard:
+        x, out = program(True)
+        out.sum().backward()
+    assert [violation.kind for violation in guard.violations] == ["unseen"] * corrupts
+    assert torch.equal(x.grad, gradients[1])  # type: ignore[arg-type]
+
+
 def test_a_block() -> None:
     with strict() as guard:
         y = leaf().exp()

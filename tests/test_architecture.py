@@ -393,10 +393,12 @@ def test_a_module_opens_with_the_question_it_answers(name: str) -> None:
 
 
 def public(body: list[ast.stmt]) -> list[Any]:
-    """Public functions and classes, and the public methods of public classes."""
+    """Public functions and classes, and the public methods of public classes; of a property what gets it."""
     found: list[Any] = []
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            if any(isinstance(one, ast.Attribute) and one.attr == "setter" for one in node.decorator_list):
+                continue
             found.append(node)
             if isinstance(node, ast.ClassDef):
                 found += public(node.body)

@@ -492,6 +492,11 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
             save.accept()
     for save in undecided:
         save.follow()
+    if saves or undecided:  # what has an alias of the memory that the saves lie in now can write there unseen
+        with _torch.no_torch_function():
+            if (storage := _memory.storage_of(tensor)) and ALIASES.meet_save(storage, tensor):
+                for save in (*saves, *undecided):
+                    save.keep_small_proof(PROOF_BYTES_AT_ALIAS)
     saves.clear()
     undecided.clear()
     for entry in rereads:

@@ -197,7 +197,7 @@ class Guard(_Block):
         guard = Guard(self.action, self.at, self.depth, self.every_call, self.suppressions)
         guard.findings = self.findings  # what the calls of a decorated function find, the decorator knows
         guard.findings.sum_up_at_exit = self.action == "repair"
-        guard._step = self._step
+        guard.step = self._step
         guard.tally = self.tally
         return guard
 
