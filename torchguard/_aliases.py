@@ -150,9 +150,9 @@ class Aliases:
         """``tensor`` reaches another part of its storage now."""
         self._spans.pop(storage, None)
         for record in self.by_storage.get(storage, ()):
-            if record.counter is not None and record() is tensor:
-                record.span = _memory.span_of(tensor)
-                record.start = _torch.storage_address(_torch.behind(tensor))
+            # It may reach a save now that it did not reach when that was made.
+            if record() is tensor and (record.counter is not None or LEDGER.any_in_storage(storage)):
+                record.arm(tensor)
 
     def _keep(self, storage: int, records: list[AliasRecord], kept: list[AliasRecord]) -> None:
         """Let go of those of the records of a storage that are not to be kept."""
@@ -183,7 +183,7 @@ class Aliases:
                 self.enter(alias, storage, None if entry[1] is None else (entry[1], entry[2]), 0)
 
     def enter(
-        self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int = 0, lent: bool = False
+        self, alias: torch.Tensor, storage: int, instruction: Instruction, version: int, lent: bool = False
     ) -> AliasRecord:
         """Take down an alias that has just been made."""
         if storage in self.young:
@@ -216,7 +216,6 @@ class Aliases:
 
     def _sweep(self) -> None:
         for storage in list(self.by_storage):
-            self._thin(storage)
             if not LEDGER.any_in_storage(storage):
                 self.forget_dead(storage)
         self._sweep_at = 2 * len(self.by_storage) + _SLACK
@@ -335,7 +334,7 @@ class Aliases:
     def lent(self, tensor: torch.Tensor, storage: int) -> bool:
         """Whether ``tensor`` is, or is a view of, an alias with a counter that plain ``.data`` would not share."""
         base = tensor._base
-        for record in self.by_storage.get(storage, ()):
+        for record in self.near(storage, tensor if base is None else base):
             if isinstance(record, LentAlias):
                 alias = record()
                 if alias is not None and (alias is tensor or alias is base):
