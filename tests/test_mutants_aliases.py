@@ -201,11 +201,16 @@ def test_a_young_alias_costs_the_same_however_many_there_were(alive: bool) -> No
     warm = Aliases()  # what is counted is hidden from those who ask which lines a test runs
     for alias, storage in zip(aliases, storages, strict=True):
         warm.enter_young(alias, storage, None, 0)
-    first = count_steps(lambda: [book.enter_young(aliases[i], storages[i], None, 0) for i in range(50)])
-    for i in range(50, 1200):  # the dead among them are looked for once
+
+    def enter(start: int) -> int:
+        them = range(start, start + 50)
+        return count_steps(lambda: [book.enter_young(aliases[i], storages[i], None, 0) for i in them])
+
+    first = enter(0)
+    for i in range(50, 1150):
         book.enter_young(aliases[i] if alive else tensors[i].data, storages[i], None, 0)
-    last = count_steps(lambda: [book.enter_young(aliases[i], storages[i], None, 0) for i in range(1200, 1250)])
-    assert last < 2 * first
+    # Somewhere the dead may be looked for, but not twice in a row.
+    assert min(enter(1150), enter(1200)) < 2 * first
 
 
 # ---- many aliases -------------------------------------------------------------------------------------------------
@@ -349,9 +354,10 @@ def test_an_unseen_write_costs_the_same_however_many_saves_there_are() -> None:
         saves = [saved(buffer[4 * i : 4 * i + 4]) for i in range(number)]
         (record,) = entered(book, aliases[7])
         record.arm(aliases[7])
-        for _ in range(2):  # the first draws the index
-            aliases[7].add_(1)
-            each[number] = count_steps(lambda book=book, buffer=buffer: book.sync(storage_of(buffer)))
+        aliases[7].add_(1)
+        book.sync(storage_of(buffer))  # draws the index
+        aliases[7].add_(1)
+        each[number] = count_steps(lambda book=book, buffer=buffer: book.sync(storage_of(buffer)))
         assert [i for i, save in enumerate(saves) if is_suspected(save)] == [7]
     assert each[400] < 1.2 * each[100]
 
@@ -427,12 +433,12 @@ def test_without_a_save_the_dead_aliases_of_a_storage_go() -> None:
 @pytest.mark.parametrize("storages", ["one", "many"])
 def test_an_alias_costs_the_same_however_many_there_are(storages: str) -> None:
     book = Aliases()
-    aliases = cut(120)[1] if storages == "one" else [torch.empty(1) for _ in range(120)]
+    aliases = cut(140)[1] if storages == "one" else [torch.empty(1) for _ in range(140)]
     entered(Aliases(), *aliases)
     first = count_steps(lambda: entered(book, *aliases[:20]))
     entered(book, *aliases[20:100])
-    last = count_steps(lambda: entered(book, *aliases[100:]))
-    assert last < 2 * first
+    last = [count_steps(lambda i=i: entered(book, *aliases[i : i + 20])) for i in (100, 120)]
+    assert min(last) < 2 * first  # somewhere the dead are looked for, but not twice in a row
 
 
 def test_a_write_costs_the_same_however_many_aliases_there_are() -> None:
