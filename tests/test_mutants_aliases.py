@@ -12,7 +12,7 @@ import torch
 import torchguard
 from benchmarks.instructions import count_steps
 from torchguard import Guard, SavedTensorCorruptionError, strict
-from torchguard._aliases import ALIASES, Aliases, AliasRecord
+from torchguard._aliases import _DEAD_KEPT, ALIASES, Aliases, AliasRecord
 from torchguard._counts import COUNTS
 from torchguard._memory import storage_of
 from torchguard._saves import LEDGER, Save
@@ -373,9 +373,9 @@ def test_the_latest_dead_aliases_of_a_storage_are_kept() -> None:
     handles = [dead(book, tensor) for _ in range(112)]
     for alias in alive[5:]:  # the last is the 128th: there are too many
         entered(book, alias)[0].arm(alias)
-    assert len(book.by_storage[storage]) == 16 + 64
+    assert len(book.by_storage[storage]) == 16 + _DEAD_KEPT
     assert not is_suspected(save)
-    torch.neg(handles[-64], out=handles[-64])
+    torch.neg(handles[-_DEAD_KEPT], out=handles[-_DEAD_KEPT])
     book.sync(storage)
     assert is_suspected(save)
 
