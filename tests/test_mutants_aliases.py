@@ -152,6 +152,15 @@ def test_where_an_alias_was_taken(armed: bool) -> None:
     assert book.taken_at(torch.ones(2), 1) is None
 
 
+def test_where_one_of_those_was_taken_that_share_a_counter() -> None:
+    book, tensor = Aliases(), torch.ones(8)
+    first, second, storage = tensor.detach(), tensor.detach(), storage_of(tensor)
+    for one, place in ((first, HERE), (second, THERE)):
+        book.enter(one, storage, place, 0, lent=True)
+    assert book.taken_at(first, storage) == book.taken_at(first[2:], storage) == HERE
+    assert book.taken_at(second, storage) == book.taken_at(second[2:], storage) == THERE
+
+
 @pytest.mark.parametrize("place", [HERE, THERE, None])
 def test_where_a_young_alias_was_taken(place: Any) -> None:
     book, alias = Aliases(), torch.ones(2).data
@@ -344,6 +353,23 @@ def test_a_save_costs_less_where_nothing_was_written() -> None:
     aliases[0].add_(1)
     meeting = count_steps(lambda: book.meet_save(storage, tensor))
     assert count_steps(lambda: book.meet_save(storage, tensor)) < meeting / 2
+
+
+def test_a_save_costs_the_same_however_many_aliases_there_are() -> None:
+    each = {}
+    for number in (30, 150):
+        book = Aliases()
+        buffer, aliases = cut(number)
+        for record, alias in zip(entered(book, *aliases), aliases, strict=True):
+            record.arm(alias)
+        storage, part = storage_of(buffer), buffer[:4]
+        save = saved(part)
+        aliases[0].add_(1)
+        book.meet_save(storage, part)  # draws the index
+        aliases[0].add_(1)
+        each[number] = count_steps(lambda book=book, storage=storage, part=part: book.meet_save(storage, part))
+        assert is_suspected(save)
+    assert each[150] < 1.2 * each[30]
 
 
 def test_an_unseen_write_costs_the_same_however_many_saves_there_are() -> None:
