@@ -22,6 +22,7 @@ from torchguard import (
     SavedTensorCorruptionError,
     SavedTensorCorruptionWarning,
     _policy,
+    _reads,
     allow,
     strict,
     warn,
@@ -659,3 +660,56 @@ def test_warnings_are_told_in_the_thread_that_writes() -> None:
             run(corrupt)
             run(corrupt)
     assert [warning.category for warning in told] == [SavedTensorCorruptionWarning]
+
+
+def _while_another_thread_looks(monkeypatch: pytest.MonkeyPatch, body: Callable[[Callable[[], None]], None]) -> None:
+    """Another thread enters ``allow``, for which it looks at every save, and is in the middle of that when ``body`` calls
+    what it is given; it goes on a little later.
+    """
+    in_the_middle, go_on = threading.Event(), threading.Event()
+    looked = _reads._is_kept_anyway
+
+    def slow(save: Any) -> bool:
+        if threading.current_thread() is other and not in_the_middle.is_set():
+            in_the_middle.set()
+            go_on.wait(10)
+        return looked(save)
+
+    def enter() -> None:
+        with allow("to look"):
+            pass
+
+    def begin() -> None:
+        other.start()
+        assert in_the_middle.wait(10)
+        later.start()
+
+    other, later = threading.Thread(target=enter), threading.Timer(0.2, go_on.set)
+    monkeypatch.setattr(_reads, "_is_kept_anyway", slow)
+    body(begin)
+    other.join(10)
+    later.join(10)
+    assert not other.is_alive()
+
+
+@pytest.mark.parametrize("write", [lambda x: x.data.zero_(), lambda x: setattr(x, "data", torch.zeros(3))])
+@pytest.mark.parametrize("corrupts", [False, True])
+def test_what_another_thread_looks_at_is_not_kept_alive_by_that(
+    write: Callable[[torch.Tensor], object], corrupts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look holds all saves, and backward lets go of them meanwhile."""
+    x = leaf()
+    with strict() as guard:
+
+        def body(begin: Callable[[], None]) -> None:
+            out = (x * x).sum()
+            begin()
+            if corrupts:
+                with pytest.raises(SavedTensorCorruptionError):
+                    write(x)
+            else:
+                out.backward()
+                write(x)
+
+        _while_another_thread_looks(monkeypatch, body)
+    assert len(guard.violations) == corrupts

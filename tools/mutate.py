@@ -93,6 +93,7 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         (_KEPT, 100),
     ),
     "_aliases": (
+        ("tests/test_mutants_aliases.py", 1000),
         ("tests/test_flat_buffers.py", 1000),
         ("tests/test_guard.py", 1000),
         ("tests/test_at_read.py", 1000),

@@ -177,9 +177,9 @@ class Aliases:
         """``tensor`` reaches another part of its storage now."""
         self._spans.pop(storage, None)
         for record in self.by_storage.get(storage, ()):
-            if record.counter is not None and record() is tensor:
-                record.span = _memory.span_of(tensor)
-                record.start = _torch.storage_address(_torch.behind(tensor))
+            # It may reach a save now that it did not reach when that was made.
+            if record() is tensor and (record.counter is not None or LEDGER.any_in_storage(storage)):
+                record.arm(tensor)
 
     def _keep(self, storage: int, records: list[AliasRecord], kept: list[AliasRecord]) -> None:
         """Let go of those of the records of a storage that are not to be kept."""
@@ -250,7 +250,6 @@ class Aliases:
 
     def _sweep(self) -> None:
         for storage in list(self.by_storage):
-            self._thin(storage)
             if not LEDGER.any_in_storage(storage):
                 self.forget_dead(storage)
         self._sweep_at = 2 * len(self.by_storage) + _SLACK
@@ -425,7 +424,7 @@ class Aliases:
     def lent(self, tensor: torch.Tensor, storage: int) -> bool:
         """Whether ``tensor`` is, or is a view of, an alias with a counter that plain ``.data`` would not share."""
         base = tensor._base
-        for record in self.by_storage.get(storage, ()):
+        for record in self.near(storage, tensor if base is None else base):
             if isinstance(record, LentAlias):
                 alias = record()
                 if alias is not None and (alias is tensor or alias is base):

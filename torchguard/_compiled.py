@@ -179,9 +179,10 @@ class _Collector:
 
     def judge(self) -> None:
         """The region has been rehearsed: what is known of the saves that it wrote to?"""
-        for save in LEDGER.all_alive():
-            if save.remarks is not None and save.remarks.taken_by is self:
-                examine(save)
+        with LEDGER.looking():
+            for save in LEDGER.all_alive():
+                if save.remarks is not None and save.remarks.taken_by is self:
+                    examine(save)
 
     def answer_in_backward(self, result: Any) -> None:
         """Have the guard answer when backward comes to what the region returned."""

@@ -6,15 +6,21 @@ between two writes (all of them, in a training loop that writes after backward) 
 entries are dropped when they are met, and by a sweep whenever their number may have doubled, so every
 operation is flat in the number of live saves. Where many saves lie in one storage (parameters cut from a flat
 buffer), a write asks an index of the stretches that they occupy in it, which is drawn on the first such question.
+
+Note [Held by a look]. A save is alive as long as autograd holds it, and that is known by its weak reference. A thread
+that looks at the saves of others (at all of them, where a guard is left or ``allow`` is entered) holds them meanwhile:
+what another thread's backward lets go of then seems to be alive. So whoever finds that a write would hit a save lets go
+of it, waits until the looks of other threads are over, and looks again.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import ref
 
@@ -36,6 +42,9 @@ Extent = tuple[int, int, bool]
 _SLACK = 1024
 _LARGE = 64
 _FEW = 4
+
+#: Seconds to wait for other threads' looks at the most.
+_PATIENCE = 5.0
 
 
 class Ledger(Generic[E]):
@@ -62,7 +71,8 @@ class Ledger(Generic[E]):
         self._is_foreign = is_foreign or self._extent_is_foreign
         self.pending: deque[ref[E]] = deque()
         self.filed = 0  # how many have been taken from ``pending`` so far
-        self.filing: list[None] = []  # not empty while a thread has a save in its hands that is in neither
+        self.filing: list[int] = []  # threads that have a save in their hands that is in neither
+        self._looks: list[tuple[int, object]] = []  # and by which thread: see Note [Held by a look]
         self.groups: dict[int, list[ref[E]]] = {}
         self.foreign: dict[int, Extent] = {}
         self._reach_of = reach_of
@@ -101,7 +111,7 @@ class Ledger(Generic[E]):
             return
         groups, is_foreign, filing = self.groups, self._is_foreign, self.filing
         with self._lock:
-            filing.append(None)
+            filing.append(threading.get_ident())
             waiting = pending
             taken = 0
             item: ref[E] | None = None
@@ -274,6 +284,28 @@ class Ledger(Generic[E]):
         with self._lock:
             entries = [item() for group in list(self.groups.values()) for item in group]
         return [entry for entry in entries if entry is not None]
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Around a look at saves that other threads may be done with meanwhile."""
+        look = (threading.get_ident(), object())
+        self._looks.append(look)
+        try:
+            yield
+        finally:
+            self._looks.remove(look)
+
+    def outlast_looks(self) -> None:
+        """Wait for the looks that other threads are taking right now. Whoever asks holds no save."""
+        here = threading.get_ident()
+        looks = [look for look in list(self._looks) if look[0] != here]
+        deadline = time.monotonic() + _PATIENCE
+        while (self._others_file() or any(look in self._looks for look in looks)) and time.monotonic() < deadline:
+            time.sleep(0.0005)  # seconds
+
+    def _others_file(self) -> bool:
+        here = threading.get_ident()
+        return any(thread != here for thread in list(self.filing))
 
     @property
     def has_foreign(self) -> bool:

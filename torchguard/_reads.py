@@ -303,6 +303,11 @@ def examine_stashed(save: Save) -> torch.Tensor | None:
 
 def look_for_unseen_writes(leaving: bool = False) -> None:
     """Ask every watched counter now. On leaving an ``allow`` block, what moved in it is allowed."""
+    with LEDGER.looking():
+        _look_for_unseen_writes(leaving)
+
+
+def _look_for_unseen_writes(leaving: bool) -> None:
     _look_at_exports()
     for storage in list(ALIASES.by_storage) + list(ALIASES.young):
         saves = LEDGER.in_storage(storage)
@@ -349,6 +354,11 @@ def _is_kept_anyway(save: Save) -> bool:
 def leave_to(guard: _policy.Respondent) -> None:
     """``guard``, the last one, is being left: it answers for what was written under it and is read afterwards."""
     look_for_unseen_writes()
+    with LEDGER.looking():
+        _leave_to(guard)
+
+
+def _leave_to(guard: _policy.Respondent) -> None:
     for save in LEDGER.all_alive():
         if save.tracked or ((_is_rebound(save) or _may_differ(save.remarks)) and not save.is_intact):
             save.remark().guard = guard

@@ -112,6 +112,12 @@ def _carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kw
     seen: list[Expecting] = []
     with _torch.no_torch_function():
         look(writer, args, kwargs, watched, hits, seen)
+        if hits and threading.active_count() > 1:  # see Note [Held by a look]
+            hits.clear()
+            seen.clear()
+            watched.clear()
+            LEDGER.outlast_looks()
+            look(writer, args, kwargs, watched, hits, seen)
     if hits and writer.keeps_statistics:
         proven = [_Proven(hit.save) for hit in hits]
         hits.clear()
@@ -463,6 +469,10 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
         setter(tensor, value)
         return
     saves = saves_of(tensor)
+    if saves and threading.active_count() > 1:  # see Note [Held by a look]
+        saves.clear()
+        LEDGER.outlast_looks()
+        saves = saves_of(tensor)
     undecided: list[Save] = []
     rereads = rereads_of(tensor)
     frame = sys._getframe(1)
