@@ -33,13 +33,14 @@ def new() -> Ledger[Entry]:
 
 def kept_by(thing: Any) -> int:
     """How many things the ledger holds on to, of whatever kind: all that its tables and their tables have."""
+    count = 0
     if isinstance(thing, Ledger) or type(thing).__module__ == _ledger.__name__:
-        return sum(kept_by(value) for value in vars(thing).values())
+        count += sum(kept_by(value) for value in vars(thing).values())
     if isinstance(thing, dict):
-        return len(thing) + sum(kept_by(value) for value in thing.values())
-    if isinstance(thing, (list, deque, set)):
-        return len(thing) + sum(kept_by(value) for value in thing)
-    return 0
+        count += len(thing) + sum(kept_by(value) for value in thing.values())
+    elif isinstance(thing, (list, deque, set)):
+        count += len(thing) + sum(kept_by(value) for value in thing)
+    return count
 
 
 def test_in_storage_gives_the_live_entries_of_that_storage_in_order() -> None:

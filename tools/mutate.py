@@ -102,6 +102,7 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         (_KEPT, 100),
     ),
     "_ledger": (
+        ("tests/test_mutants_ledger.py", 1000),
         ("tests/test_ledger.py", 1000),
         ("tests/test_flat_buffers.py", 1000),
         ("tests/test_guard.py", 1000),
