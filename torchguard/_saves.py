@@ -463,8 +463,10 @@ def _note_no_room(error: Exception) -> None:
 
 def operation_of_node(name: str) -> str:
     """``"LinalgSvdBackward0"`` -> ``"linalg_svd"``; a custom Function keeps its own name."""
-    stem, backward, number = name.partition("Backward")
-    if not backward or not number.isdigit():
+    stem, backward, number = name.rpartition("Backward")  # the last: "ConvolutionBackwardBackward0"
+    if not backward:
+        return name
+    if not number.isdigit():
         return stem
     return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(stem))
 
