@@ -130,6 +130,7 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         (_KEPT, 100),
     ),
     "_saves": (
+        ("tests/test_mutants_saves.py", 1000),
         ("tests/test_guard.py", 1000),
         ("tests/test_at_read.py", 1000),
         ("tests/test_repair.py", 300),

@@ -269,7 +269,7 @@ class Save(Fields):
 
     def restored(self) -> torch.Tensor:
         """A copy of the bytes that were saved, for backward: autograd gives it the history that the save has."""
-        proof = None if self.remarks is None else self.remarks.proof
+        proof = self.remark().proof
         assert proof is not None
         tensor = self.given
         with _torch.hidden():
@@ -376,7 +376,7 @@ class Save(Fields):
         if self.inner_code is None:
             return ""
         if _places.is_ours(self.inner_code):  # a call that the guard makes for the user's
-            return "" if self.instruction is None else _places.operation_of(self.instruction)
+            return _places.operation_of(self.instruction)
         return _places.operation_of((self.inner_code, self.inner_offset))
 
 
@@ -463,8 +463,10 @@ def _note_no_room(error: Exception) -> None:
 
 def operation_of_node(name: str) -> str:
     """``"LinalgSvdBackward0"`` -> ``"linalg_svd"``; a custom Function keeps its own name."""
-    stem, backward, number = name.partition("Backward")
-    if not backward or not number.isdigit():
+    stem, backward, number = name.rpartition("Backward")  # the last: "ConvolutionBackwardBackward0"
+    if not backward:
+        return name
+    if not number.isdigit():
         return stem
     return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(stem))
 
