@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from catalogue.wrapped import Boxed
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -600,3 +604,85 @@ def test_an_alias_without_a_counter_is_written_to_unseen() -> None:
         return x, out
 
     assert told(program).caught == "read"
+
+
+# ---- what a subclass wraps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", [lambda inside: inside, lambda inside: inside.data], ids=["itself", "alias"])
+@pytest.mark.parametrize("at", [None, "read"])
+def test_what_is_inside_a_saved_wrapper_is_written_to(route: Any, at: Any) -> None:
+    """PyTorch looks at the wrapper's version only, so a write that moves the inner one is as silent as any."""
+
+    def gradient_of(writes: bool) -> torch.Tensor:
+        a, inside = leaf(), torch.ones(3)
+        x = Boxed(a.detach()).requires_grad_()
+        out = x * Boxed(inside)
+        if writes:
+            route(inside).mul_(2)
+        out.sum().backward()
+        assert isinstance(x.grad, Boxed)
+        return x.grad.inside
+
+    plain = gradient_of(True)
+    assert not torch.equal(plain, gradient_of(False))
+    with torchguard.Guard("record", at=at) as guard:
+        assert torch.equal(gradient_of(True), plain)
+    (violation,) = guard.violations
+    assert (violation.kind, violation.operation, violation.caught) == ("wrapped", "mul_()", "read")
+
+
+# ---- other processes and threads ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Any]:
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("gathers", "caught"), [(True, "read"), (False, "write")])
+def test_a_collective_writes_where_a_block_puts_the_version_back(gathers: bool, caught: str) -> None:
+    """Gathering moves the version, which the block puts back; scattering does not, and is told at once."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        if writes:
+            with _preserve(h):
+                if gathers:
+                    dist.all_gather([h], torch.zeros(3))
+                else:
+                    dist.scatter(h, [torch.zeros(3)], src=0)
+        return x, out
+
+    violation = told(program)
+    operation = "all_gather()" if gathers else "scatter()"
+    assert (violation.kind, violation.operation, violation.caught) == ("uncounted", operation, caught)
+
+
+def test_a_thread_from_before_the_guard_that_writes_is_named() -> None:
+    begin, done = threading.Event(), threading.Event()
+    h = torch.ones(3)
+
+    def work() -> None:
+        assert begin.wait(60)
+        h.data.mul_(1)
+        done.set()
+
+    thread = threading.Thread(target=work, name="the old one")
+    thread.start()
+    with torchguard.Guard("record") as guard:
+        x = leaf()
+        out = x * h
+        begin.set()
+        assert done.wait(60)
+        thread.join()
+        out.sum().backward()
+    assert [line for line in guard.unwatched if "'the old one'" in line]
