@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchguard
 from torchguard import SavedTensorCorruptionError, Violation
+from torchguard._writes import saves_of
 
 _preserve = torch.autograd._unsafe_preserve_version_counter
 
@@ -595,12 +598,14 @@ def test_the_first_write_that_reached_what_a_checkpoint_reads_again_is_named() -
 
 def test_an_alias_without_a_counter_is_written_to_unseen() -> None:
     def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        x = leaf()
-        out = x.sigmoid()
+        x, h = leaf(), torch.ones(3)
+        out = x * h
         with torch.inference_mode():
-            alias = out.data
-            if writes:
-                torch.zeros(3, out=alias)
+            value = torch.ones(3)
+        h.data = value
+        if writes:
+            with torch.inference_mode():
+                torch.zeros(3, out=value)
         return x, out
 
     assert told(program).caught == "read"
@@ -686,3 +691,80 @@ def test_a_thread_from_before_the_guard_that_writes_is_named() -> None:
         thread.join()
         out.sum().backward()
     assert [line for line in guard.unwatched if "'the old one'" in line]
+
+
+# ---- counters -----------------------------------------------------------------------------------------------------
+
+
+def test_what_one_alias_did_unseen_is_not_forgotten_when_another_is_judged() -> None:
+    """There are so many of them that only those that reach the memory written to are asked."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(6), torch.ones(6)
+        out = torch.cat([x[:3] * flat[:3], x[3:] * flat[3:]])
+        others = [flat[3:].data for _ in range(20)]
+        first = flat[:3].data
+        second = flat[3:].data
+        if writes:
+            torch.zeros(3, out=second)
+        first.mul_(1)
+        assert others
+        return x, out
+
+    violation = told(program)
+    assert (violation.kind, source(violation.aliased)) == ("unseen", "second = flat[3:].data")
+
+
+def test_of_two_tensors_that_a_call_writes_to_one_is_counted() -> None:
+    """PyTorch refuses that one, and is left to do so."""
+    with torchguard.Guard("record") as guard:
+        x, scale, growth = leaf(1), torch.ones(1), torch.zeros(1, dtype=torch.int32)
+        out = x * scale
+        torch._amp_update_scale_(scale, growth, torch.ones(1), 2.0, 0.5, 1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    assert guard.violations == []
+
+
+# ---- FSDP ---------------------------------------------------------------------------------------------------------
+
+_FSDP = """
+def free(h):
+    h.untyped_storage().resize_(0)
+
+def refill(h, kept):
+    h.untyped_storage().resize_(kept.untyped_storage().nbytes())
+    with preserve(h):
+        h.copy_(kept)
+"""
+
+
+def test_fsdp_fills_freed_memory_with_other_bytes() -> None:
+    space: dict[str, Any] = {"preserve": _preserve}
+    exec(compile(_FSDP, f"{os.path.dirname(torch.__file__)}/distributed/fsdp/_invented.py", "exec"), space)
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        kept = h * (2 if writes else 1)
+        space["free"](h)
+        space["refill"](h, kept)
+        return x, out
+
+    guard = torchguard.Guard("record", every_call=True)
+    assert told(program, guard).operation == "FSDP's all-gather of changed shards"
+
+
+def test_the_error_keeps_no_save_alive_that_the_bytes_were_to_decide_about() -> None:
+    with torchguard.strict():
+        x, inside = leaf(), torch.ones(3)
+        boxed = Boxed(torch.ones(3)).requires_grad_() * Boxed(inside)
+        out = x * inside
+        holds = [weakref.ref(save) for save in saves_of(inside)]
+        assert len(holds) == 2
+        with pytest.raises(SavedTensorCorruptionError) as caught:
+            inside.data = torch.zeros(3)
+        del boxed, out
+        gc.collect()
+        assert [hold() for hold in holds] == [None, None]
+    assert caught.value.violation.kind == "rebind"
