@@ -768,3 +768,19 @@ def test_the_error_keeps_no_save_alive_that_the_bytes_were_to_decide_about() -> 
         gc.collect()
         assert [hold() for hold in holds] == [None, None]
     assert caught.value.violation.kind == "rebind"
+
+
+def test_the_error_of_a_call_that_keeps_statistics_keeps_no_save_alive() -> None:
+    norm, x = nn.BatchNorm1d(3).eval(), leaf(12)
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    with torchguard.strict():
+        out = norm(x.view(4, 3))
+        hold = weakref.ref(saves_of(mean)[0])
+        with pytest.raises(RuntimeError, match="weight should contain 3 elements") as caught:
+            torch.batch_norm(BATCH, torch.ones(5), None, mean, var, True, 0.1, 1e-5, False)
+        assert hold() is not None
+        del out
+        gc.collect()
+        assert hold() is None
+    assert caught.value is not None
