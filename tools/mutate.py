@@ -84,6 +84,8 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         (_KEPT, 100),
     ),
     "_writes": (
+        ("tests/test_mutants_writes.py", 1000),
+        ("tests/test_counterless.py", 1000),
         ("tests/test_guard.py", 1000),
         ("tests/test_at_read.py", 1000),
         ("tests/test_repair.py", 1000),

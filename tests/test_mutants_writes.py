@@ -1,0 +1,786 @@
+"""Is a write judged and told as no other test would miss? Each test here was asked for by a mutant of ``_writes``."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from catalogue.wrapped import Boxed
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import torchguard
+from torchguard import SavedTensorCorruptionError, Violation
+from torchguard._writes import saves_of
+
+_preserve = torch.autograd._unsafe_preserve_version_counter
+
+#: A program that writes, or does not: the leaf whose gradient is asked for, and what backward starts from.
+Program = Callable[[bool], tuple[torch.Tensor, torch.Tensor]]
+
+#: More elements than are copied because somebody has an alias: no bytes tell whether an unseen write changed anything.
+LARGE = 1 << 19
+
+
+def leaf(n: int = 3) -> torch.Tensor:
+    return torch.linspace(0.5, 1.5, n).requires_grad_()
+
+
+def hooked() -> AbstractContextManager[Any]:
+    """What is packed is a number: before backward reads, nobody can tell that the tensor itself is kept."""
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> int:
+        kept.append(tensor)
+        return len(kept) - 1
+
+    return saved_tensors_hooks(pack, kept.__getitem__)
+
+
+def gradient(
+    program: Program, guard: AbstractContextManager[Any] | None = None, writes: bool = True, left: bool = False
+) -> torch.Tensor:
+    """The gradient, with all of it under the guard, or with the guard ``left`` before backward."""
+    with guard or nullcontext():
+        a, out = program(writes)
+        if not left:
+            out.sum().backward()
+    if left:
+        out.sum().backward()
+    assert a.grad is not None
+    return a.grad
+
+
+def told(program: Program, guard: torchguard.Guard | None = None) -> Violation:
+    """The one thing that is said of a program which corrupts; its result stays what it is without the guard."""
+    plain = gradient(program)
+    assert not torch.equal(plain, gradient(program, writes=False)), "it corrupts nothing"
+    guard = guard or torchguard.Guard("record")
+    assert torch.equal(gradient(program, guard), plain)
+    (violation,) = guard.violations
+    return violation
+
+
+def quiet(program: Program, guard: torchguard.Guard | None = None) -> torchguard.Guard:
+    """A program that corrupts nothing is let through with nothing said."""
+    plain = gradient(program)
+    assert torch.equal(plain, gradient(program, writes=False)), "it corrupts"
+    guard = guard or torchguard.strict()
+    assert torch.equal(gradient(program, guard), plain)
+    assert guard.violations == []
+    return guard
+
+
+def source(place: Any) -> str | None:
+    return None if place is None else place.source
+
+
+# ---- what a write is called ---------------------------------------------------------------------------------------
+
+
+def alias_written(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x = leaf()
+    out = x.sigmoid()
+    alias = out.data
+    if writes:
+        alias.mul_(2)
+    return x, out
+
+
+def alias_written_uncounted(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x = leaf()
+    out = x.sigmoid()
+    alias = out.data
+    if writes:
+        alias.apply_(lambda value: value * 2)
+    return x, out
+
+
+def written_uncounted(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x, h = leaf(), torch.ones(3)
+    out = x * h
+    if writes:
+        h.apply_(lambda value: value * 2)
+    return x, out
+
+
+def kept_by_hooks_and_written(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x, h = leaf(), torch.ones(3)
+    with hooked():
+        out = x * h
+    if writes:
+        h.mul_(2)
+    return x, out
+
+
+def kept_by_hooks_and_alias_written(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x, h = leaf(), torch.ones(3)
+    with hooked():
+        out = x * h
+    alias = h.data
+    if writes:
+        alias.mul_(2)
+    return x, out
+
+
+def kept_by_hooks_and_written_uncounted(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x, h = leaf(), torch.ones(3)
+    with hooked():
+        out = x * h
+    if writes:
+        h.apply_(lambda value: value * 2)
+    return x, out
+
+
+def kept_by_hooks_and_pointed_elsewhere(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x, h = leaf(), torch.ones(3)
+    with hooked():
+        out = x * h
+    if writes:
+        h.data = torch.zeros(3)
+    return x, out
+
+
+def preserved(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x, h = leaf(), torch.ones(3)
+    out = x * h
+    if writes:
+        with _preserve(h):
+            h.mul_(2)
+    return x, out
+
+
+def reads_an_alias_of_its_own(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x = leaf()
+    h = x * 1
+    out = h.mul_(h.data if writes else h.data.clone())
+    return x, out
+
+
+BATCH = torch.linspace(0, 1, 12).reshape(4, 3)
+
+
+def statistics_written(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x, norm = leaf(12), nn.BatchNorm1d(3).eval()
+    out = norm(x.view(4, 3)).square()
+    norm.train()
+    if writes:
+        norm(BATCH)
+    return x, out
+
+
+@pytest.mark.parametrize(
+    ("program", "kind", "operation", "aliased", "caught"),
+    [
+        (alias_written, "write", "mul_()", "alias = out.data", "write"),
+        (alias_written_uncounted, "write", "apply_()", "alias = out.data", "write"),
+        (written_uncounted, "uncounted", "apply_()", None, "write"),
+        (kept_by_hooks_and_written, "unchecked", "mul_()", None, "read"),
+        (kept_by_hooks_and_alias_written, "write", "mul_()", None, "read"),
+        (kept_by_hooks_and_written_uncounted, "uncounted", "apply_()", None, "read"),
+        (kept_by_hooks_and_pointed_elsewhere, "rebind", "x.data = y", None, "read"),
+        (preserved, "uncounted", "mul_() under _unsafe_preserve_version_counter()", None, "read"),
+        (reads_an_alias_of_its_own, "write", "mul_()", None, "read"),
+        (statistics_written, "uncounted", "batch_norm()", None, "read"),
+    ],
+)
+@pytest.mark.parametrize("at", [None, "read"])
+def test_what_is_said_of_a_write(
+    program: Program, kind: str, operation: str, aliased: str | None, caught: str, at: Any
+) -> None:
+    violation = told(program, torchguard.Guard("record", at=at, every_call=True))
+    assert (violation.kind, violation.operation) == (kind, operation)
+    assert violation.caught == (at or caught)
+    assert source(violation.aliased) == aliased
+    assert violation.written is not None
+    assert violation.written.function == program.__name__
+    assert violation.written.source not in ("if writes:", "return x, out")
+
+
+def test_a_write_under_watch_through_an_alias_that_it_lent() -> None:
+    """``watch()`` gives out aliases that share the counter; inside strict() they are judged as plain ones."""
+    plain = gradient(alias_written)
+    outer, inner = torchguard.watch(), torchguard.Guard("record")
+    with outer, inner:
+        x, out = alias_written(True)
+        out.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, plain)
+    (violation,) = inner.violations
+    assert (violation.kind, violation.operation, violation.caught) == ("write", "mul_()", "write")
+
+
+# ---- running statistics -------------------------------------------------------------------------------------------
+
+
+def test_an_allowed_change_of_statistics_is_listed_with_its_reason() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, norm = leaf(12), nn.BatchNorm1d(3).eval()
+        out = norm(x.view(4, 3)).square()
+        norm.train()
+        with torchguard.allow("meant"):
+            if writes:
+                norm(BATCH)
+        return x, out
+
+    plain = gradient(program)
+    guard = torchguard.Guard("record")
+    assert torch.equal(gradient(program, guard), plain)
+    assert guard.violations == []
+    assert {(one.kind, one.operation, one.caught, one.elements) for one in guard.allowed} == {
+        ("uncounted", "batch_norm()", "write", 3)
+    }
+    assert {one.allowed for one in guard.allowed} == {"meant"}
+
+
+def test_statistics_that_are_kept_are_written_by_keyword() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, mean, var = leaf(12), torch.zeros(3), torch.ones(3)
+        out = torch.native_batch_norm(x.view(4, 3), None, None, mean, var, False, 0.1, 1e-5)[0].square()
+        if writes:
+            torch.native_batch_norm(
+                BATCH, None, None, running_mean=mean, running_var=var, training=True, momentum=0.1, eps=1e-5
+            )
+        return x, out
+
+    assert told(program).operation == "native_batch_norm()"
+
+
+def test_statistics_that_a_call_leaves_as_they_are_cost_no_copy_and_are_judged_again() -> None:
+    """The second call is the one that changes them, in a guard that has looked at the first."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, norm = leaf(12), nn.BatchNorm1d(3, momentum=0.0).eval()
+        out = norm(x.view(4, 3)).square()
+        norm.train()
+        norm(BATCH)
+        norm.momentum = 0.5
+        if writes:
+            norm(BATCH)  # the second
+        return x, out
+
+    assert (source(told(program).written) or "").endswith("# the second")
+
+
+# ---- what corrupts nothing ----------------------------------------------------------------------------------------
+
+
+def test_a_harmless_write_through_an_alias_is_expected_when_backward_reads() -> None:
+    """No bytes are kept of so large a save: the alias's counter alone would be held against it."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x = leaf(LARGE)
+        out = x.sigmoid()
+        alias = out.data
+        if writes:
+            alias.mul_(1)
+        return x, out
+
+    quiet(program)
+
+
+def test_a_write_to_another_part_through_an_alias_is_expected_when_backward_reads() -> None:
+    """So many saves in one storage that those in the part are asked alone, and there are none."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(LARGE), torch.ones(LARGE + 8)
+        alias = flat.data
+        out = torch.stack([(x * flat[:LARGE]).sum() for _ in range(70)])
+        if writes:
+            alias[LARGE:].zero_()
+        return x, out
+
+    quiet(program)
+
+
+def test_gradcheck_perturbs_what_is_saved_and_puts_it_back() -> None:
+    x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64).requires_grad_()
+    with torchguard.strict() as guard:
+        assert torch.autograd.gradcheck(lambda x: x * x, x)
+    assert guard.violations == []
+
+
+def test_what_gradcheck_would_not_put_back_is_told_by_its_bytes() -> None:
+    space: dict[str, Any] = {}
+    code = "def perturb(write, tensor):\n    write(tensor)\n"
+    exec(compile(code, "elsewhere/torch/autograd/gradcheck.py", "exec"), space)
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x = leaf()
+        out = x.sigmoid()
+        if writes:
+            space["perturb"](lambda tensor: tensor.mul_(2), out.data)
+        return x, out
+
+    violation = told(program)
+    assert (violation.kind, violation.operation, violation.caught) == ("write", "mul_()", "read")
+
+
+def test_a_tensor_that_is_pointed_at_itself() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x = leaf()
+        out = x * x
+        if writes:
+            x.data = x
+            x.data = x.detach()
+        return x, out
+
+    quiet(program)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("value", ["same", "other", "longer"])
+def test_a_nested_tensor_that_is_pointed_elsewhere(value: str) -> None:
+    def nested(a: float, lengths: tuple[int, ...] = (2, 3)) -> torch.Tensor:
+        return torch.nested.nested_tensor([torch.full((n, 2), a) for n in lengths])
+
+    with torchguard.Guard("record") as guard:
+        x = nested(2.0).requires_grad_()
+        out = x * x
+        x.data = nested(2.0) if value == "same" else nested(3.0) if value == "other" else nested(2.0, (2, 3, 1))
+        assert out is not None
+    assert [one.kind for one in guard.violations] == ([] if value == "same" else ["rebind"])
+
+
+@pytest.mark.parametrize("value", [torch.ones(3, dtype=torch.int64), torch.ones(3).to_sparse()], ids=["int", "sparse"])
+def test_what_pytorch_refuses_to_point_at_is_no_violation(value: torch.Tensor) -> None:
+    x = leaf()
+    with torchguard.strict() as guard:
+        out = x * x
+        with pytest.raises(RuntimeError) as caught:
+            x.data = value
+        out.sum().backward()
+    assert not isinstance(caught.value, SavedTensorCorruptionError)
+    assert guard.violations == []
+    assert x.grad is not None
+    assert torch.equal(x.grad, 2 * leaf())
+
+
+# ---- x.data = y ---------------------------------------------------------------------------------------------------
+
+
+def test_the_value_that_a_tensor_points_at_is_an_alias_of_it() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h, value = leaf(), torch.zeros(3), torch.ones(3)
+        h.data = value
+        out = x * h
+        if writes:
+            value.mul_(2)
+        return x, out
+
+    violation = told(program)
+    assert (violation.kind, source(violation.aliased)) == ("write", "h.data = value")
+    guard = torchguard.Guard("record")
+    gradient(program, guard)
+    assert guard.stats.writes > 0
+
+
+def test_pointing_a_saved_tensor_elsewhere_counts_as_a_write_that_was_judged() -> None:
+    with torchguard.Guard("record") as guard:
+        x = leaf()
+        out = x * x
+        before = guard.stats.writes
+        x.data = torch.zeros(3)
+        assert guard.stats.writes == before + 1
+        assert out is not None
+
+
+def test_the_error_keeps_no_save_alive() -> None:
+    """Once the graph is gone, the memory is free to be written to, though somebody keeps the error."""
+    with torchguard.strict() as guard:
+        x = leaf()
+        out = x * x
+        with pytest.raises(SavedTensorCorruptionError) as caught:
+            x.data = torch.zeros(3)
+        del out
+        gc.collect()
+        x.data.zero_()
+    assert caught.value.violation.kind == "rebind"
+    assert len(guard.violations) <= 1
+
+
+# ---- the same memory in two storages ------------------------------------------------------------------------------
+
+
+def test_the_array_of_what_is_saved_is_written_to_as_a_tensor() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x = leaf()
+        out = x.sigmoid()
+        other = torch.from_numpy(out.detach().numpy())
+        if writes:
+            other.mul_(2)
+        return x, out
+
+    violation = told(program)
+    assert (violation.kind, violation.operation, violation.caught) == ("write", "mul_()", "write")
+
+
+def test_what_is_saved_lies_in_an_array_of_another_tensor() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, base = leaf(), torch.ones(3)
+        out = x * torch.from_numpy(base.numpy())
+        if writes:
+            base.mul_(2)
+        return x, out
+
+    violation = told(program)
+    assert (violation.kind, violation.operation, violation.caught) == ("write", "mul_()", "write")
+
+
+# ---- reshaped in place --------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_is_reshaped_by_keyword() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(6), torch.ones(2, 3)
+        out = x.view(2, 3) * h.clone()
+        h.transpose_(dim0=0, dim1=1)
+        assert h.shape == (3, 2)
+        return x, out
+
+    quiet(program)
+
+
+def test_what_is_reshaped_is_repaired_and_told() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(4), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        out = x.view(2, 2) * h
+        if writes:
+            h.t_()
+        return x, out
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(program)
+    guard = torchguard.Guard("repair")
+    with pytest.warns(torchguard.SavedTensorCorruptionWarning):
+        found = gradient(program, guard)
+    assert torch.equal(found, gradient(program, writes=False))
+    (violation,) = guard.violations
+    assert (violation.kind, violation.operation) == ("tracked", "t_()")
+    assert source(violation.written) == "h.t_()"
+
+
+def test_an_alias_that_reaches_a_save_only_once_it_is_reshaped() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(), torch.ones(6)
+        aliases = [flat[3:].data for _ in range(20)]
+        alias = flat[3:].data
+        out = x * flat[:3]
+        alias.as_strided_((3,), (1,), 0)
+        if writes:
+            torch.zeros(3, out=alias)
+        assert aliases
+        return x, out
+
+    violation = told(program)
+    assert (violation.kind, source(violation.aliased)) == ("unseen", "alias = flat[3:].data")
+
+
+def test_a_saved_tensor_that_reaches_another_part_is_judged_there() -> None:
+    """In a storage of so many saves that it is known which lie where; a block puts the version back."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(), torch.arange(6.0)
+        h = flat[:3]
+        others = [x * flat[:3] for _ in range(70)]
+        out = x * h
+        flat[5:].apply_(lambda value: value)  # asks who lies there
+        with _preserve(h):
+            h.as_strided_((3,), (1,), 3)
+        alias = flat.data
+        if writes:
+            alias[3:].zero_()
+        return x, out + 0 * torch.stack(others).sum(0)
+
+    guard = torchguard.Guard("record")
+    plain = gradient(program)
+    assert not torch.equal(plain, gradient(program, writes=False))
+    assert torch.equal(gradient(program, guard), plain)
+    assert "zero_()" in [violation.operation for violation in guard.violations]
+
+
+def test_pytorch_refuses_what_was_detached_in_place() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x = leaf()
+        h = x * 1
+        out = h * h
+        if writes:
+            h.detach_()
+        return x, out
+
+    def said(guard: AbstractContextManager[Any] | None = None) -> str:
+        try:
+            return str(gradient(program, guard).tolist())
+        except RuntimeError as error:
+            return str(error)
+
+    guard = torchguard.strict()
+    assert said(guard).partition("Hint")[0] == said().partition("Hint")[0]
+    assert guard.violations == []
+
+
+# ---- repair() -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saves", [1, 70])
+def test_a_write_to_another_part_of_a_buffer_is_repaired(saves: int) -> None:
+    """Also where so many saves lie in it that those in the part would be asked alone."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(), torch.arange(6.0)
+        out = torch.stack([x * flat[:3] for _ in range(saves)]).sum(0)
+        if writes:
+            flat[3:].mul_(2)
+        return x, out
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(program)
+    guard = torchguard.Guard("repair")
+    assert torch.equal(gradient(program, guard), gradient(program, writes=False))
+
+
+# ---- what is computed anew ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_a_checkpoint_reads_again_is_written_to(own: bool) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = checkpoint(lambda x: x.sin() * h, x, use_reentrant=False)
+        if writes:
+            (h if own else h.data).mul_(2)
+        return x, out
+
+    violation = told(program)
+    assert violation.operation == "mul_()"
+    assert violation.written is not None
+    assert violation.written.function.endswith("program")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_write_beside_what_a_checkpoint_reads_again(own: bool) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(), torch.ones(6)
+        h = flat[:3]
+        out = checkpoint(lambda x: x.sin() * h, x, use_reentrant=False)
+        if writes:
+            (flat if own else flat.data)[3:].mul_(2)
+        return x, out
+
+    quiet(program)
+
+
+def test_the_first_write_that_reached_what_a_checkpoint_reads_again_is_named() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(), torch.ones(6)
+        h = flat[:3]
+        out = checkpoint(lambda x: x.sin() * h, x, use_reentrant=False)
+        if writes:
+            flat[3:].zero_()
+            h.mul_(2)
+        return x, out
+
+    assert told(program).operation == "mul_()"
+
+
+# ---- inference mode -----------------------------------------------------------------------------------------------
+
+
+def test_an_alias_without_a_counter_is_written_to_unseen() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        with torch.inference_mode():
+            value = torch.ones(3)
+        h.data = value
+        if writes:
+            with torch.inference_mode():
+                torch.zeros(3, out=value)
+        return x, out
+
+    assert told(program).caught == "read"
+
+
+# ---- what a subclass wraps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", [lambda inside: inside, lambda inside: inside.data], ids=["itself", "alias"])
+@pytest.mark.parametrize("at", [None, "read"])
+def test_what_is_inside_a_saved_wrapper_is_written_to(route: Any, at: Any) -> None:
+    """PyTorch looks at the wrapper's version only, so a write that moves the inner one is as silent as any."""
+
+    def gradient_of(writes: bool) -> torch.Tensor:
+        a, inside = leaf(), torch.ones(3)
+        x = Boxed(a.detach()).requires_grad_()
+        out = x * Boxed(inside)
+        if writes:
+            route(inside).mul_(2)
+        out.sum().backward()
+        assert isinstance(x.grad, Boxed)
+        return x.grad.inside
+
+    plain = gradient_of(True)
+    assert not torch.equal(plain, gradient_of(False))
+    with torchguard.Guard("record", at=at) as guard:
+        assert torch.equal(gradient_of(True), plain)
+    (violation,) = guard.violations
+    assert (violation.kind, violation.operation, violation.caught) == ("wrapped", "mul_()", "read")
+
+
+# ---- other processes and threads ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Any]:
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("gathers", "caught"), [(True, "read"), (False, "write")])
+def test_a_collective_writes_where_a_block_puts_the_version_back(gathers: bool, caught: str) -> None:
+    """Gathering moves the version, which the block puts back; scattering does not, and is told at once."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        if writes:
+            with _preserve(h):
+                if gathers:
+                    dist.all_gather([h], torch.zeros(3))
+                else:
+                    dist.scatter(h, [torch.zeros(3)], src=0)
+        return x, out
+
+    violation = told(program)
+    operation = "all_gather()" if gathers else "scatter()"
+    assert (violation.kind, violation.operation, violation.caught) == ("uncounted", operation, caught)
+
+
+def test_a_thread_from_before_the_guard_that_writes_is_named() -> None:
+    begin, done = threading.Event(), threading.Event()
+    h = torch.ones(3)
+
+    def work() -> None:
+        assert begin.wait(60)
+        h.data.mul_(1)
+        done.set()
+
+    thread = threading.Thread(target=work, name="the old one")
+    thread.start()
+    with torchguard.Guard("record") as guard:
+        x = leaf()
+        out = x * h
+        begin.set()
+        assert done.wait(60)
+        thread.join()
+        out.sum().backward()
+    assert [line for line in guard.unwatched if "'the old one'" in line]
+
+
+# ---- counters -----------------------------------------------------------------------------------------------------
+
+
+def test_what_one_alias_did_unseen_is_not_forgotten_when_another_is_judged() -> None:
+    """There are so many of them that only those that reach the memory written to are asked."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(6), torch.ones(6)
+        out = torch.cat([x[:3] * flat[:3], x[3:] * flat[3:]])
+        others = [flat[3:].data for _ in range(20)]
+        first = flat[:3].data
+        second = flat[3:].data
+        if writes:
+            torch.zeros(3, out=second)
+        first.mul_(1)
+        assert others
+        return x, out
+
+    violation = told(program)
+    assert (violation.kind, source(violation.aliased)) == ("unseen", "second = flat[3:].data")
+
+
+def test_of_two_tensors_that_a_call_writes_to_one_is_counted() -> None:
+    """PyTorch refuses that one, and is left to do so."""
+    with torchguard.Guard("record") as guard:
+        x, scale, growth = leaf(1), torch.ones(1), torch.zeros(1, dtype=torch.int32)
+        out = x * scale
+        torch._amp_update_scale_(scale, growth, torch.ones(1), 2.0, 0.5, 1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    assert guard.violations == []
+
+
+# ---- FSDP ---------------------------------------------------------------------------------------------------------
+
+_FSDP = """
+def free(h):
+    h.untyped_storage().resize_(0)
+
+def refill(h, kept):
+    h.untyped_storage().resize_(kept.untyped_storage().nbytes())
+    with preserve(h):
+        h.copy_(kept)
+"""
+
+
+def test_fsdp_fills_freed_memory_with_other_bytes() -> None:
+    space: dict[str, Any] = {"preserve": _preserve}
+    exec(compile(_FSDP, f"{os.path.dirname(torch.__file__)}/distributed/fsdp/_invented.py", "exec"), space)
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        kept = h * (2 if writes else 1)
+        space["free"](h)
+        space["refill"](h, kept)
+        return x, out
+
+    guard = torchguard.Guard("record", every_call=True)
+    assert told(program, guard).operation == "FSDP's all-gather of changed shards"
+
+
+def test_the_error_keeps_no_save_alive_that_the_bytes_were_to_decide_about() -> None:
+    with torchguard.strict():
+        x, inside = leaf(), torch.ones(3)
+        boxed = Boxed(torch.ones(3)).requires_grad_() * Boxed(inside)
+        out = x * inside
+        holds = [weakref.ref(save) for save in saves_of(inside)]
+        assert len(holds) == 2
+        with pytest.raises(SavedTensorCorruptionError) as caught:
+            inside.data = torch.zeros(3)
+        del boxed, out
+        gc.collect()
+        assert [hold() for hold in holds] == [None, None]
+    assert caught.value.violation.kind == "rebind"
+
+
+def test_the_error_of_a_call_that_keeps_statistics_keeps_no_save_alive() -> None:
+    norm, x = nn.BatchNorm1d(3).eval(), leaf(12)
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    with torchguard.strict():
+        out = norm(x.view(4, 3))
+        hold = weakref.ref(saves_of(mean)[0])
+        with pytest.raises(RuntimeError, match="weight should contain 3 elements") as caught:
+            torch.batch_norm(BATCH, torch.ones(5), None, mean, var, True, 0.1, 1e-5, False)
+        assert hold() is not None
+        del out
+        gc.collect()
+        assert hold() is None
+    assert caught.value is not None
