@@ -95,6 +95,13 @@ def lists_in_place() -> Any:
     return hs
 
 
+def lists_in_place_after_other_saves() -> Any:
+    y = leaf().exp().sigmoid().tanh()
+    hs = [leaf().clone() for _ in range(2)]
+    torch._foreach_exp_(hs)
+    return [y, *hs]
+
+
 def a_chain() -> Any:
     return leaf().cumprod(0).cumprod(0).cumprod(0)
 
@@ -152,6 +159,10 @@ RECORDS = ("RecordsBackward", 0, 0)
         (saves_a_copy_of_what_it_writes_over, [("CloneBackward0", 0, 0), ("CumprodBackward0", 0, 1)]),
         (a_row_that_is_written_over, [("AsStridedBackward0", 0, 1)]),
         (lists_in_place, [("ExpBackward0", 0, 1)] * 3),
+        (
+            lists_in_place_after_other_saves,
+            [(f"{name}Backward0", 0, 0) for name in ("Exp", "Sigmoid", "Tanh")] + [("ExpBackward0", 0, 1)] * 2,
+        ),
         (a_chain, [INPUT, CUMPROD] * 3),
         (a_loop, [INPUT, CUMPROD] * 3),
         (lambda: torch.linalg.svd(torch.diag(leaf())), [("LinalgSvdBackward0", i, 0) for i in (1, 0, 2)]),
@@ -354,6 +365,11 @@ def of_a_view(array: Any) -> tuple[Any, Any]:
     return w, lambda: w * p[1:]
 
 
+def of_a_view_of_torchs_making(array: Any) -> tuple[Any, Any]:
+    p, w = from_numpy(array), leaf()
+    return w, lambda: torch.einsum("i,j->ij", w, p)
+
+
 def of_what_has_a_history(array: Any) -> tuple[Any, Any]:
     """Made, and given away, before the guard."""
     w = leaf()
@@ -370,6 +386,11 @@ def written_in_place(array: Any) -> tuple[Any, Any]:
 def an_output_in_place(array: Any) -> tuple[Any, Any]:
     p, w = from_numpy(array), leaf()
     return w, lambda: p.mul_(w).exp_()
+
+
+def a_first_output_in_place(array: Any) -> tuple[Any, Any]:
+    p, w = from_numpy(array), leaf()
+    return w, lambda: p.pow_(w)
 
 
 class Foreign(torch.autograd.Function):
@@ -403,9 +424,11 @@ def an_input_of_the_users_making(array: Any) -> tuple[Any, Any]:
 FOREIGN: list[Callable[[Any], Any]] = [
     of_a_leaf,
     of_a_view,
+    of_a_view_of_torchs_making,
     of_what_has_a_history,
     written_in_place,
     an_output_in_place,
+    a_first_output_in_place,
     an_output_of_the_users,
     an_input_of_the_users_making,
 ]
@@ -434,12 +457,12 @@ def test_memory_that_another_library_can_write_to_is_asked_for(make: Callable[[A
 
     plain = gradient(True)
     assert not torch.equal(plain, gradient(False))
+    silent = torchguard.strict()
+    gradient(False, silent)  # which learns the types of the nodes
+    assert silent.violations == []
     guard = torchguard.Guard("record")
     assert torch.equal(gradient(True, guard), plain)
     assert [violation.kind for violation in guard.violations] == ["exported"]
-    silent = torchguard.strict()
-    gradient(False, silent)
-    assert silent.violations == []
 
 
 @pytest.mark.usefixtures("empty_ledger")
