@@ -76,8 +76,15 @@ def squared_after_a_write_and_another_save() -> Any:
     return h * h, y
 
 
+def squared_after_a_write_that_saved() -> Any:
+    h = leaf().clone()
+    h.exp_()
+    return h * h
+
+
 def saves_a_copy_of_what_it_writes_over() -> Any:
     h = leaf().clone()
+    leaf().sin()
     h.cumprod_(0)
     return h
 
@@ -156,6 +163,7 @@ RECORDS = ("RecordsBackward", 0, 0)
         (lambda: leaf().exp(), [("ExpBackward0", 0, 0)]),
         (squared_after_a_write, [(None, 0, 1), (None, 0, 1)]),
         (squared_after_a_write_and_another_save, [("ExpBackward0", 0, 0), (None, 0, 1), (None, 0, 1)]),
+        (squared_after_a_write_that_saved, [("ExpBackward0", 0, 1), (None, 0, 1), (None, 0, 1)]),
         (saves_a_copy_of_what_it_writes_over, [("CloneBackward0", 0, 0), ("CumprodBackward0", 0, 1)]),
         (a_row_that_is_written_over, [("AsStridedBackward0", 0, 1)]),
         (lists_in_place, [("ExpBackward0", 0, 1)] * 3),
