@@ -124,6 +124,7 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         (_CATALOGUE, 60),
     ),
     "_packing": (
+        ("tests/test_mutants_packing.py", 1000),
         ("tests/test_native.py", 1000),
         ("tests/test_guard.py", 1000),
         ("tests/test_hook_composition.py", 200),
