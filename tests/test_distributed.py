@@ -24,7 +24,7 @@ if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 TESTS = Path(__file__).parent
-TIMEOUT = 150
+TIMEOUT = 300
 
 #: The write arrives when nobody asks, or backward is the first to see that nobody else refuses it, or it is made to what
 #: a subclass wraps: caught at the read.
