@@ -8,10 +8,12 @@ import gc
 import multiprocessing.pool
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint
 from harness import program_hooks
 from hypothesis import settings
@@ -156,6 +158,18 @@ def _forget_cycles() -> None:
     for storage, group in list(LEDGER.groups.items()):
         if any(isinstance(item(), HookedSave) for item in group):
             LEDGER._close(storage)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Any]:
+    """A process group of this process alone."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture

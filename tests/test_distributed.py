@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +130,6 @@ def test_the_report_names_the_line_and_the_public_function(told: Callable[[str],
 
 
 # ---- one process ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[Any]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 def scattered(y: torch.Tensor, **options: Any) -> Any:

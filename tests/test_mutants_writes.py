@@ -6,9 +6,8 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -638,17 +637,6 @@ def test_what_is_inside_a_saved_wrapper_is_written_to(route: Any, at: Any) -> No
 
 
 # ---- other processes and threads ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[Any]:
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("group")
