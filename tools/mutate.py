@@ -451,8 +451,8 @@ def _run_until_one_fails(items: Sequence[Any]) -> str | None:
 def _chosen(items: list[Any], module: str, seed: int, of_each: int | None) -> list[Any]:
     """Those of the collected tests that are asked for, at most so many of each kind."""
     chosen: list[Any] = []
-    for tests, most in TESTS[module]:
-        most = most if of_each is None else min(most, of_each)
+    for i, (tests, most) in enumerate(TESTS[module]):
+        most = most if of_each is None or i == 0 else min(most, of_each)  # the module's own stand first: all of them
         prefix, _, part = tests.partition("#")
         here = [
             item
@@ -544,6 +544,10 @@ class Module:
         self._kills: Counter[str] = Counter()
         self._files = sorted({prefix.partition("::")[0] for prefix, _ in TESTS[name]})
         self._files = [name for name in self._files if (ROOT / name).exists()]
+
+    def tests_at(self) -> dict[str, int]:
+        """When each file of tests was written to last, in nanoseconds."""
+        return {name: (ROOT / name).stat().st_mtime_ns for name in self._files}
 
     def run(self, mutants: list[Mutant], shown: Callable[[Result], None]) -> list[Result]:
         """What becomes of each mutant. In this process neither torchguard nor a test is imported."""
@@ -714,9 +718,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=None, metavar="N", help="no more than N mutants of each module")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default 0)")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests for each mutant (default 20)")
-    parser.add_argument("--most", type=int, default=None, metavar="N", help="no more than N tests of each kind")
+    parser.add_argument(
+        "--most", type=int, default=None, metavar="N", help="no more than N tests of each kind but the first"
+    )
     parser.add_argument("--only", default=None, metavar="TEXT", help="mutants whose name has TEXT in it")
     parser.add_argument("--again", action="store_true", help="those that survived the last time")
+    parser.add_argument("--rest", action="store_true", help="those that were never run")
     parser.add_argument("--list", action="store_true", help="only name the mutants")
     parser.add_argument("--verbose", action="store_true", help="show what the tests print")
     options = parser.parse_args(arguments)
@@ -749,6 +756,8 @@ def _mutate(name: str, options: argparse.Namespace, last_time: Path, scratch: Pa
     if options.again:
         alive = {key for key, value in earlier.items() if value["outcome"] in ("survived", "not reached")}
         mutants = [mutant for mutant in mutants if mutant.name in alive]
+    if options.rest:
+        mutants = [mutant for mutant in mutants if mutant.name not in earlier]
     if options.sample is not None and len(mutants) > options.sample:
         drawn = set(random.Random(options.seed).sample(range(len(mutants)), options.sample))
         mutants = [mutant for i, mutant in enumerate(mutants) if i in drawn]
@@ -762,8 +771,13 @@ def _mutate(name: str, options: argparse.Namespace, last_time: Path, scratch: Pa
     known = explained(name)
     begun = time.time()
     terminal = os.dup(1)  # what is forked writes elsewhere
+    names = {mutant.name for mutant in every}
 
     def shown(result: Result) -> None:
+        # Kept at once: a run that is stopped goes on with --rest. It may be told in a fork: the file is what is known.
+        kept: dict[str, Any] = json.loads(last_time.read_text()) if last_time.exists() else {}
+        kept = {key: value for key, value in kept.items() if key in names} | {result.name: asdict(result)}
+        last_time.write_text(json.dumps(kept, indent=1))
         if result.outcome in ("survived", "not reached"):
             why = f"    explained: {known[result.name]}\n" if result.name in known else ""
             os.write(terminal, f"{result.outcome:11}  {name}.py:{result.line}  {result.name}\n{why}".encode())
@@ -774,10 +788,12 @@ def _mutate(name: str, options: argparse.Namespace, last_time: Path, scratch: Pa
     import torch
 
     torch.set_num_threads(1)
+    tests = module.tests_at()
     results = module.run(mutants, shown)
-    names = {mutant.name for mutant in every}
-    earlier = {key: value for key, value in earlier.items() if key in names}
-    last_time.write_text(json.dumps({**earlier, **{result.name: asdict(result) for result in results}}, indent=1))
+    if module.tests_at() != tests:
+        # A mutant of what runs at import looks for its tests by name: one that is gone by then would count as a kill.
+        print(f"{name}: its tests were edited meanwhile; what was killed since may not be: run it once more")
+        return 1
     counts = Counter(result.outcome for result in results)
     survivors = [result for result in results if result.outcome in ("survived", "not reached")]
     unexplained = [result for result in survivors if result.name not in known]
