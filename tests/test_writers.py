@@ -313,6 +313,81 @@ def test_a_packet_has_the_writer_of_its_overloads() -> None:
     assert writer_of_operator(torch.ops.aten.add_) == writer_of_operator(torch.ops.aten.add_.Tensor)
 
 
+def test_an_operator_is_told_as_its_function_is() -> None:
+    """Name, what is not counted, and whether it draws: what calls of the function showed holds for the operator."""
+    checked = drawing = uncounted = 0
+    for key, (_, entry) in TABLE.items():
+        packet = getattr(torch.ops.aten, key.partition(".")[2], None)
+        writer = None if packet is None else writer_of_operator(packet)
+        if writer is None:
+            continue
+        assert (writer.name, writer.uncounted, writer.draws) == (entry.name, entry.uncounted, entry.draws), key
+        checked, drawing, uncounted = checked + 1, drawing + writer.draws, uncounted + bool(writer.uncounted)
+    assert checked > 200
+    assert drawing > 10
+    assert uncounted > 10
+
+
+#: Where each collective receives: the arguments that its documentation calls output, or all where it is in place.
+RECEIVES = {
+    "c10d": {
+        "recv_": (0, "tensors"),
+        "recv_any_source_": (0, "tensors"),
+        "reduce_": (0, "tensors"),
+        "allreduce_": (0, "tensors"),
+        "allreduce_coalesced_": (0, "tensors"),
+        "broadcast_": (0, "tensors"),
+        "gather_": (0, "output_tensors"),
+        "scatter_": (0, "output_tensors"),
+        "allgather_": (0, "output_tensors"),
+        "_allgather_base_": (0, "output_tensor"),
+        "allgather_coalesced_": (0, "output_lists"),
+        "allgather_into_tensor_coalesced_": (0, "outputs"),
+        "reduce_scatter_": (0, "output_tensors"),
+        "_reduce_scatter_base_": (0, "output_tensor"),
+        "reduce_scatter_tensor_coalesced_": (0, "outputs"),
+        "alltoall_": (0, "output_tensors"),
+        "alltoall_base_": (0, "output"),
+    },
+    "_c10d_functional": {
+        "all_reduce_": (0, "input"),
+        "all_reduce_coalesced_": (0, "inputs"),
+        "broadcast_": (0, "input"),
+        "irecv": (0, "tensor"),
+        "batch_p2p_ops": (3, "tensors"),
+    },
+}
+RECEIVES_OUT = {"all_gather_into_tensor_out", "reduce_scatter_tensor_out"}
+
+
+@pytest.mark.parametrize("namespace", sorted(RECEIVES))
+def test_a_collective_writes_to_what_it_receives_into(namespace: str) -> None:
+    if namespace not in _torch.COLLECTIVE_OPERATORS:
+        pytest.skip("this torch cannot unbox their Work")
+    sending = 0
+    for schema in torch._C._jit_get_all_schemas():
+        space, _, name = schema.name.partition("::")
+        if space != namespace:
+            continue
+        writer = writer_of_operator(getattr(getattr(torch.ops, space), name))
+        x = f(3)
+        if name in RECEIVES_OUT:
+            assert writer is not None, name
+            assert [t is x for t in writer.targets((f(3), "sum", 1, "0"), {"out": x})] == [True]
+        elif name not in RECEIVES[namespace]:
+            assert writer is None, name
+            sending += 1
+            continue
+        else:
+            assert writer is not None, name
+            assert writer.written == (RECEIVES[namespace][name],)
+        assert writer.name == name
+        assert writer.collective
+        assert writer.once, "it must not be made twice: others take part"
+        assert not writer.counts(x, (x, x, x, x), {"out": x}), "only its rehearsal tells"
+    assert sending >= 4
+
+
 def writers_of_overloads(packet: Any) -> list[Writer]:
     """Of the overloads on tensors that write, those with ``out=`` excepted: the keyword gives them away."""
     found = []
@@ -336,6 +411,74 @@ def test_targets_are_found_by_position_and_by_keyword() -> None:
     assert [t is x for t in add.targets((x, y), {})] == [True]
     assert [t is x for t in add.targets((), {"self": x, "other": y})] == [True]
     assert [t is x for t in add.targets((), {"input": x})] == [True]
+
+
+def test_what_is_called_input_is_the_first_argument_only() -> None:
+    """``batch_norm(input=x, weight=w, ...)`` without running statistics writes to nothing."""
+    norm = writer_of("batch_norm")
+    assert norm is not None
+    x, mean, var = f(3, 2), f(2), f(2)
+    assert norm.targets((), {"input": x, "weight": None}) == []
+    found = norm.targets((), {"input": x, "running_mean": mean, "running_var": var})
+    assert {id(t) for t in found} == {id(mean), id(var)}
+
+
+def test_what_is_not_counted_is_found_by_keyword() -> None:
+    norm, adam = writer_of("batch_norm"), writer_of("_fused_adam_")
+    assert norm is not None
+    assert adam is not None
+    mean, steps, x = [f(2)], [f(1)], [f(2)]
+    assert not norm.counts(mean[0], (), {"input": f(3, 2), "running_mean": mean[0]})
+    keywords = {"self": x, "grads": [f(2)], "exp_avgs": [f(2)], "exp_avg_sqs": [f(2)], "max_exp_avg_sqs": []}
+    assert not adam.counts(x[0], (), {**keywords, "state_steps": steps})
+    plain = Writer("made_up_", written=((0, "self"), (1, "other")), uncounted=frozenset({"other"}))
+    assert plain.counts(x[0], (), {"self": x[0], "other": mean[0]})
+    assert not plain.counts(mean[0], (), {"self": x[0], "other": mean[0]})
+
+
+def gone_view() -> torch.Tensor:
+    """One of several views that an operation returned, after their base was written to: PyTorch cannot say its node."""
+    base = f(4, 2).requires_grad_() * 1
+    view = base.unbind()[0]
+    base.mul_(2)
+    return view
+
+
+TARGETS: dict[str, Callable[[], torch.Tensor]] = {
+    "leaf": lambda: f(3).requires_grad_(),
+    "plain": lambda: f(3),
+    "result": lambda: f(3).requires_grad_() * 1,
+    "view of a leaf": lambda: f(3).requires_grad_()[:2],
+    "gone view": gone_view,
+}
+CALLS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "add_": lambda x: x.add_(1),
+    "apply_": lambda x: x.apply_(lambda value: value + 1),
+    "map_": lambda x: x.map_(f(*x.shape), lambda one, other: one + other),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_pytorch_refuses_is_known_before(target: str, call: str, grad: bool) -> None:
+    """Whatever is said to be refused is; what is not may still be, for what only the call can tell."""
+    writer = writer_of(call)
+    assert writer is not None
+    tensor = TARGETS[target]()
+    with torch.set_grad_enabled(grad):
+        said = writer.refused(tensor)
+        try:
+            CALLS[call](tensor)
+        except RuntimeError:
+            assert said or target == "view of a leaf"
+        else:
+            assert not said
+
+
+def test_a_collective_is_not_refused_for_what_requires_grad() -> None:
+    assert not Writer("broadcast_", collective=True).refused(f(3).requires_grad_())
+    assert not Writer("broadcast_", collective=True, calls_back=True).refused(f(3).requires_grad_())
 
 
 def test_targets_in_lists_and_several_arguments() -> None:
@@ -373,6 +516,12 @@ def test_titles_read_as_the_program_does() -> None:
     assert titles == {"add_": "add_()", "__iadd__": "+=", "__setitem__": "x[i] = v"}
     for key, (_, writer) in TABLE.items():
         assert not writer.title.startswith("__"), key
+    assert Writer("UntypedStorage.copy_", on_storage=True).title == "UntypedStorage.copy_"
+    signs = {
+        "add": "+", "and": "&", "floordiv": "//", "lshift": "<<", "matmul": "@", "mod": "%", "mul": "*", "or": "|",
+        "pow": "**", "rshift": ">>", "sub": "-", "truediv": "/", "xor": "^", "div": "/",
+    }  # fmt: skip
+    assert {name: _writers.title_of(f"__i{name}__") for name in signs} == {n: f"{s}=" for n, s in signs.items()}
 
 
 def test_readers_are_no_writers() -> None:
