@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import probe_counters
@@ -16,7 +17,7 @@ import torch
 from probe_counters import SPECIAL, f, general_calls
 
 from torchguard import Guard, _counterless, _memory, _torch, _writers
-from torchguard._writers import OUT, Writer, substituted, writer_of, writer_of_operator, writers_in
+from torchguard._writers import EYE, OUT, Writer, substituted, writer_of, writer_of_operator, writers_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -223,6 +224,17 @@ def test_what_the_table_leaves_out_writes_no_memory(name: str) -> None:
     assert writer_of(name) is None
 
 
+@pytest.mark.parametrize("name", METADATA)
+def test_what_moves_a_version_all_the_same_is_listed(name: str) -> None:
+    if not hasattr(torch.Tensor, name):
+        pytest.skip("this torch has no such method")
+    tensor = torch.ones(1, 1) if name == "squeeze_" else torch.ones(4, 3)
+    before = tensor._version
+    METADATA[name](tensor)
+    own_patch = name == "set_"
+    assert (name in _writers.RESHAPING or own_patch) is (tensor._version != before)
+
+
 def test_share_memory_keeps_every_value() -> None:
     tensor = f(4, 3)
     before = tensor.clone()
@@ -321,7 +333,7 @@ def test_an_operator_is_told_as_its_function_is() -> None:
         writer = None if packet is None else writer_of_operator(packet)
         if writer is None:
             continue
-        assert (writer.name, writer.uncounted, writer.draws) == (entry.name, entry.uncounted, entry.draws), key
+        assert replace(writer, written=()) == replace(entry, written=()), key
         checked, drawing, uncounted = checked + 1, drawing + writer.draws, uncounted + bool(writer.uncounted)
     assert checked > 200
     assert drawing > 10
@@ -495,6 +507,27 @@ def test_out_is_a_target() -> None:
     x, y = f(3), f(3)
     assert [t is x for t in OUT.targets((y,), {"out": x})] == [True]
     assert [t is t2 for t, t2 in zip(OUT.targets((y,), {"out": (x, y)}), (x, y), strict=True)] == [True, True]
+
+
+def test_eye_writes_to_its_tensor_and_draws_nothing() -> None:
+    x = f(3, 3)
+    for args, kwargs in (((x,), {}), ((), {"tensor": x})):
+        assert [t is x for t in EYE.targets(args, kwargs)] == [True]
+    state = torch.get_rng_state()
+    version = x._version
+    torch.nn.init.eye_(x)
+    assert EYE.draws is not torch.equal(state, torch.get_rng_state())
+    assert EYE.counts(x, (x,), {}) is (x._version != version)
+
+
+def test_running_statistics_are_what_batch_norm_updates() -> None:
+    keeping = {key for key, (_, writer) in TABLE.items() if writer.keeps_statistics}
+    assert keeping == {
+        key
+        for key, (_, writer) in TABLE.items()
+        if {name for _, name in writer.written} == {"running_mean", "running_var"}
+    }
+    assert {"torch.batch_norm", "torch.native_batch_norm"} <= keeping
 
 
 def test_substitution_replaces_what_has_a_replica_wherever_it_stands() -> None:

@@ -32,7 +32,6 @@ _METADATA_ONLY = frozenset(
         "resize_",
         "resize_as_",
         "set_",
-        "retain_grad_",
         "retain_grad",
         "record_stream",
     }
