@@ -6,6 +6,7 @@ import contextlib
 import copy
 import operator
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+import torchguard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -621,3 +624,21 @@ def _logs_are_empty() -> Iterator[None]:
     yield
     for log in (Logging.log, Wrapper.log, Dispatching.log):
         log.clear()
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+def test_nobody_is_told_that_a_tensor_without_bytes_cannot_be_watched(hooks: bool) -> None:
+    """What a compiler traces with, and what ``torch.export`` saves, is only a shape: there is nothing to write to."""
+
+    def run() -> None:
+        with FakeTensorMode():
+            x = torch.ones(3, requires_grad=True)
+            (x * x.exp()).sum().backward()
+        torch.export.export(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), (torch.ones(1, 3),))
+
+    own = torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor,), lambda packed: packed[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torchguard.UnwatchedWarning)
+        with torchguard.strict() as guard, own if hooks else contextlib.nullcontext():
+            run()
+    assert guard.unwatched == []

@@ -407,7 +407,7 @@ def _record(tensor: torch.Tensor, packed: Any, output_of: type | None, recompute
     save.offset = save.inner_offset = 0
     save.storage = 0
     if not _memory.has_memory(tensor):
-        if tensor.device.type != "meta" and tensor.numel():
+        if _torch.has_bytes(tensor) and tensor.numel():
             _policy.note_unwatched(
                 f"{type(tensor).__name__} saved under the program's own save hooks: no memory to compare writes with, "
                 "and PyTorch's version check is off"

@@ -229,7 +229,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
                 Part(save, inner) for inner in _torch.parts_of(save.tensor) if _memory.storage_of(inner)
             )
             pending.extend(ref(part) for part in remarks.parts)
-        if not (remarks.parts or remarks.contents) and _memory.span_of(tensor) is None and tensor.device.type != "meta":
+        if not (remarks.parts or remarks.contents) and _memory.span_of(tensor) is None and _torch.has_bytes(tensor):
             layout = str(tensor.layout).removeprefix("torch.")
             _policy.note_unwatched(
                 f"{type(tensor).__name__} of layout {layout}: no memory to compare writes with; "

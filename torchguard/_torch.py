@@ -405,6 +405,11 @@ def is_simulated(tensor: torch.Tensor) -> bool:
     return type(tensor).__module__ in ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
 
 
+def has_bytes(tensor: torch.Tensor) -> bool:
+    """Whether there is anything behind its shape: not on the meta device, nor where a compiler only goes through it."""
+    return tensor.device.type != "meta" and not is_simulated(tensor)
+
+
 # ---- autograd ----------------------------------------------------------------------------------------------
 # The public saved_tensors_hooks pops by position; a guard that leaves out of order must find its own pair.
 
