@@ -234,6 +234,80 @@ def test_an_alias_that_only_read_before_the_save_is_not_blamed() -> None:
     assert type(caught.value) is RuntimeError
 
 
+class Handed(torch.Tensor):
+    """A subclass that adds nothing."""
+
+
+@names_the_lines
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("kind", [torch.Tensor, Handed])
+def test_a_write_that_was_over_before_the_save_is_not_blamed(kind: type, again: bool) -> None:
+    """The same line may clip before a step and, by mistake, once more between forward and backward."""
+
+    def clip(p: torch.Tensor) -> None:
+        p.data.mul_(5)
+
+    with watch() as guard:
+        p = torch.ones(3).as_subclass(kind).requires_grad_()
+        clip(p)
+        out = (p * p).sum()
+        if again:
+            clip(p)
+        else:
+            with torch.no_grad():
+                p.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+            out.backward()
+    if again:
+        assert isinstance(caught.value, SavedTensorCorruptionError)
+        assert caught.value.violation.operation == "mul_()"
+    elif kind is torch.Tensor:
+        assert type(caught.value) is RuntimeError
+        assert guard.violations == []
+
+
+@names_the_lines
+@pytest.mark.parametrize("walrus", [False, True])
+def test_an_alias_from_before_the_save_that_is_written_to_after_it_is_blamed(walrus: bool) -> None:
+    with watch():
+        p = leaf()
+        p.data.mul_(5)
+        if walrus:
+            (d := p.data).mul_(1)
+        else:
+            d = p.data
+        out = (p * p).sum()
+        d.zero_()
+        with pytest.raises(SavedTensorCorruptionError) as caught:
+            out.backward()
+    violation = caught.value.violation
+    assert violation.aliased is not None
+    assert "d " in violation.aliased.source
+
+
+REBINDINGS: dict[str, Callable[[nn.Linear], Any]] = {
+    "data": lambda m: setattr(m.weight, "data", torch.zeros(3, 3)),
+    "half": lambda m: m.half(),
+    "to_empty": lambda m: m.to_empty(device="cpu"),
+    "vector_to_parameters": lambda m: nn.utils.vector_to_parameters(torch.zeros(12), m.parameters()),
+}
+
+
+@names_the_lines
+@pytest.mark.parametrize("name", REBINDINGS)
+def test_a_weight_of_which_a_view_is_saved_is_refused_with_the_line_that_rebound_it(name: str) -> None:
+    model, x = nn.Linear(3, 3), torch.ones(1, 3, requires_grad=True)
+    with watch() as guard:
+        out = model(x)
+        REBINDINGS[name](model)
+        with pytest.raises(SavedTensorCorruptionError) as caught:
+            out.sum().backward()
+    assert [violation.operation for violation in guard.violations] == ["x.data = y"]
+    written = caught.value.violation.written
+    assert written is not None
+    assert written.function == "<lambda>"
+
+
 SILENT: dict[str, Callable[[torch.Tensor], Any]] = {
     "rebind": lambda h: setattr(h, "data", torch.zeros(3)),
     "apply_": lambda h: h.apply_(lambda v: v + 1),

@@ -16,14 +16,14 @@ import threading
 from collections.abc import Iterator
 from itertools import islice
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchguard import _memory, _places, _policy, _torch
 from torchguard._model import Place
 from torchguard._patching import Patch, Routed
 from torchguard._places import Instruction
 from torchguard._saves import operation_of_node
-from torchguard._traces import TRACES, Written
+from torchguard._traces import TRACES, Site, Written
 from torchguard._violation import SavedTensorCorruptionError, Violation
 from torchguard._writers import is_in_place, title_of
 
@@ -71,9 +71,10 @@ def _violations(message: str, roots: Any, frame: Any) -> Iterator[Violation]:
         storage = _memory.storage_of(tensor)
         written = TRACES.written_by(storage, expected)
         aliases = [] if written is not None else TRACES.taken_at(storage, now)
-        if written is None and not aliases:
+        told = _told_by_write(written) if written else _told_by_aliases(aliases, expected)
+        if told is None:
             continue
-        operation, aliased, place = _told_by_write(written) if written else _told_by_aliases(aliases)
+        operation, aliased, place = told
         yield Violation(
             kind="refused",
             operation=operation,
@@ -109,24 +110,45 @@ def _out_of_sight(message: str, now: int) -> list[tuple[None, Any]]:
 _TYPE = re.compile(r"\[(torch\.\w+Tensor) \[")
 
 
-def _told_by_write(written: Written) -> tuple[str, Place | None, Place | None]:
+#: What was called, where the alias was taken, where the call was made.
+_Told = tuple[str, Place | None, Place | None]
+
+
+def _told_by_write(written: Written) -> _Told:
     return written.title, None, _places.place_of(written.instruction)
 
 
-def _told_by_aliases(aliases: list[Instruction]) -> tuple[str, Place | None, Place | None]:
-    """The alias through which something was written, as far as the source tells; else the latest."""
-    for instruction in aliases:
-        with_write = _write_through(instruction)
-        if with_write is not None:
-            operation, place = with_write
-            return operation, _places.place_of(instruction), place
-    return "", _places.place_of(aliases[0]), None
+def _told_by_aliases(aliases: list[Site], expected: int) -> _Told | None:
+    """The alias through which something was written after version ``expected`` was saved, as far as the source tells;
+    else the latest that may have been. None where each was written through earlier: then it was a call that PyTorch
+    counts.
+    """
+    unknown: list[Instruction] = []
+    for site in aliases:
+        with_write = _write_through(site.instruction)
+        if with_write is None:
+            unknown.append(site.instruction)
+        elif site.latest >= expected or not with_write.at_once:
+            return with_write.operation, _places.place_of(site.instruction), with_write.place
+    return ("", _places.place_of(unknown[0]), None) if unknown else None
 
 
 # ---- reading the source --------------------------------------------------------------------------------------
 
 
-def _write_through(instruction: Instruction) -> tuple[str, Place] | None:
+class _Write(NamedTuple):
+    """A call that, by the source, writes through an alias.
+
+    Attributes:
+        at_once: whether it does where the alias is taken: nobody keeps it for later.
+    """
+
+    operation: str
+    place: Place
+    at_once: bool
+
+
+def _write_through(instruction: Instruction) -> _Write | None:
     """The call that, by the source, writes through the alias that an instruction takes."""
     place = _places.place_of(instruction)
     if instruction is None or place is None:
@@ -141,7 +163,7 @@ def _write_through(instruction: Instruction) -> tuple[str, Place] | None:
         return None
     operation, line = write
     text = linecache.getline(code.co_filename, line).strip()
-    return operation, Place(place.file, line, place.function, text)
+    return _Write(operation, Place(place.file, line, place.function, text), not source.is_kept)
 
 
 class _Source:
@@ -150,6 +172,7 @@ class _Source:
     def __init__(self, tree: ast.AST) -> None:
         self._tree = tree
         self._followed: set[ast.AST] = set()
+        self.is_kept = False
         self._parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         self._imported = {
             (name.asname or name.name).partition(".")[0]
@@ -187,8 +210,12 @@ class _Source:
         return near[0] if len(near) == 1 else None
 
     def write_through(self, node: ast.AST) -> tuple[str, int] | None:
-        """The operation that writes to what an expression stands for, and its line; None where none is found."""
+        """The operation that writes to what an expression stands for, and its line; None where none is found.
+
+        Afterwards ``is_kept`` tells whether a variable holds it until then.
+        """
         self._followed.clear()
+        self.is_kept = False
         return self._write_to(node)
 
     def _write_to(self, node: ast.AST) -> tuple[str, int] | None:
@@ -217,6 +244,7 @@ class _Source:
             elif isinstance(parent, ast.Assign) and parent.value is node:
                 return self._write_to_name(parent)
             elif isinstance(parent, ast.NamedExpr):
+                self.is_kept = True
                 node = parent
             else:
                 return None
@@ -235,6 +263,7 @@ class _Source:
         if assignment in self._followed:
             return None
         self._followed.add(assignment)
+        self.is_kept = True
         names = {target.id for target in assignment.targets if isinstance(target, ast.Name)}
         scope: ast.AST = assignment
         while scope in self._parents and not isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):

@@ -11,9 +11,9 @@ dies. Parameters, and what C++ holds, do without.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,14 +24,28 @@ from torchguard._torch import ref
 _SLACK = 1024
 _WRITES_KEPT = 256
 _SITES_KEPT = 16
+_UNKNOWN = 1 << 62
 
 
-class _Site(NamedTuple):
-    """An instruction that takes an alias, and the version of the memory when it first did."""
+class Site:
+    """An instruction that takes an alias.
 
-    code: CodeType
-    offset: int
-    version: int
+    Attributes:
+        version: of the memory, when it first did.
+        latest: the same, when it last did; of a subclass, which may have more to say, just a large number.
+    """
+
+    __slots__ = ("code", "latest", "offset", "version")
+
+    def __init__(self, code: CodeType, offset: int, version: int) -> None:
+        self.code = code
+        self.offset = offset
+        self.version = self.latest = version
+
+    @property
+    def instruction(self) -> Instruction:
+        """Where the alias is taken."""
+        return self.code, self.offset
 
 
 #: The sites where aliases of one tensor were taken, by one number (the address of the code plus the offset); under 0
@@ -66,14 +80,21 @@ class Written:
     __slots__ = ("_held", "instruction", "title")
 
     def __init__(
-        self, title: str, instruction: Instruction, tensors: Iterable[torch.Tensor], storage: ref[Any] | None = None
+        self,
+        title: str,
+        instruction: Instruction,
+        tensors: Iterable[torch.Tensor],
+        storage: ref[Any] | None = None,
+        left: _torch.WeakStorage | None = None,
     ) -> None:
         self.title = title
         self.instruction = instruction
         with _torch.no_torch_function():
-            self._held: list[tuple[ref[Any], int]] = [
+            self._held: list[tuple[Callable[[], Any], int]] = [
                 (storage or ref(tensor), _memory.version_of(tensor)) for tensor in tensors
             ]
+            if left is not None:  # memory that a tensor was pointed away from: a view of it may be what is saved
+                self._held += [(left.storage, version) for _, version in self._held]
 
     def touched(self, storage: int, expected: int) -> bool:
         """Whether it wrote to this storage after something was saved there at version ``expected``."""
@@ -81,7 +102,7 @@ class Written:
 
     def forget(self, tensor: torch.Tensor) -> None:
         """Let go of a tensor."""
-        self._held = [entry for entry in self._held if entry[0]() is not tensor]
+        self._held = [entry for entry in self._held if not (isinstance(entry[0], ref) and entry[0]() is tensor)]
 
 
 def _lies_in(held: Any, storage: int) -> bool:
@@ -118,7 +139,9 @@ class Traces:
                 version = tensor._version
             except RuntimeError:  # made in inference mode: it has none, and cannot be saved
                 return
-            trace[key] = _Site(code, offset, version)
+            site = trace[key] = Site(code, offset, version)
+            if type(tensor) not in _memory.PLAIN_TYPES:
+                site.latest = _UNKNOWN
 
     def _died(self, hold: Any) -> None:
         trace = self.by_tensor.get(hold.key)
@@ -135,14 +158,14 @@ class Traces:
                         self._by_storage.pop(key, None)
                 self._sweep_at = 2 * len(self._by_storage) + _SLACK
 
-    def taken_at(self, storage: int, now: int) -> list[Instruction]:
+    def taken_at(self, storage: int, now: int) -> list[Site]:
         """Where aliases were taken since when the version has moved to ``now``, the latest first."""
         traces = [trace for trace in list(self.by_tensor.values()) if _lies_in(trace[0](), storage)]
         gone = self._by_storage.get(storage)
         if gone is not None:
             traces.insert(0, gone)
         sites = [site for trace in traces for key, site in trace.items() if key > 1 and site.version < now]
-        return [(site.code, site.offset) for site in reversed(sites)]
+        return sites[::-1]
 
     def at_version(self, now: int) -> list[torch.Tensor]:
         """The living tensors at version ``now`` of which an alias was taken before they came to it."""

@@ -99,8 +99,12 @@ def _make_attribute() -> Any:
             if aside or mode_active() or transform() is not None:
                 return original if tensor is None else _unusual(tensor, frame)
             trace = traces.get(id(tensor))
-            if trace is not None and id(frame.f_code) + frame.f_lasti in trace:
-                return detach(tensor)
+            if trace is not None:
+                site = trace.get(id(frame.f_code) + frame.f_lasti)
+                if site is not None:
+                    if type(tensor) in plain:
+                        site.latest = tensor._version
+                    return detach(tensor)
             if tensor is None:
                 return original
             if type(tensor) not in plain:
@@ -213,12 +217,13 @@ def rebind(tensor: Any, value: Any, frame: Any = None) -> None:
     moves = _may_be_saved(tensor, value) and not (aside and _policy.state.reasons)
     # Pointed at what inference mode made, the tensor keeps its counter, but torch does not move that any more.
     counters = [tensor, _memory.counter_of(tensor)] if moves and value.is_inference() else [tensor]
+    left = _torch.weak_storage(tensor) if moves and not _torch.is_simulated(tensor) else None
     _set(tensor, value)
     if moves:
         frame = frame or sys._getframe(1)
         if not (_writes.is_refill(frame) or frame.f_code.co_filename.endswith(_PLAIN_FOR)):
             move(counters)
-            TRACES.writes.append(Written("x.data = y", _places.user_instruction(frame), [tensor]))
+            TRACES.writes.append(Written("x.data = y", _places.user_instruction(frame), [tensor], left=left))
 
 
 def _may_be_saved(tensor: Any, value: Any) -> bool:
