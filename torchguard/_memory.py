@@ -321,10 +321,24 @@ def same_random_numbers(targets: Iterable[torch.Tensor], given: Iterable[Any]) -
 
 _asking_for_states = threading.Lock()
 
+#: A mask of so many bytes is looked through as quickly as its ends are found.
+_SHORT = 1 << 10
+
 
 def changed_bytes(tensor: torch.Tensor, replica: torch.Tensor) -> torch.Tensor:
     """Which bytes of the tensor's memory (from first to last element) differ in ``replica``, as a mask."""
     return as_bytes(_stretch(tensor)) != as_bytes(_stretch(replica))
+
+
+def trimmed(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The mask from its first to its last byte that is set, and how many come before."""
+    if mask.numel() <= _SHORT:
+        return mask, 0
+    found = mask.nonzero()
+    if not len(found):
+        return mask[:0], 0
+    first, last = int(found[0]), int(found[-1])
+    return mask[first : last + 1], first
 
 
 def touched_elements(mask: torch.Tensor, address: int, span: Span) -> int:

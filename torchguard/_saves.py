@@ -200,6 +200,9 @@ class Save(Fields):
         A guard that lets the bytes decide has something to decide by for larger saves, too: no copy, which would double
         their memory, but 64 bits.
         """
+        remarks = self.remarks
+        if remarks is not None and remarks.proof is not None and not remarks.for_exports:
+            return  # asked at every alias that is taken
         if _policy.judge_at_read() is None:
             self.keep_proof(at_most)
             return

@@ -231,7 +231,8 @@ def look(
         storage = _memory.storage_of(target)
         if not storage:
             continue
-        saves = saves_near(target, storage, touched=_policy.repairer() is None)
+        region = _part_written(writer, args, target) if LEDGER.is_crowded(storage) else target
+        saves = saves_near(region, storage, touched=_policy.repairer() is None)
         if not saves and not LEDGER.any_in_storage(storage):
             continue  # an alias's counter matters to live saves only
         if storage in ALIASES.by_storage or storage in ALIASES.young:
@@ -239,7 +240,7 @@ def look(
             watched.append((storage, target))
         rereads = [save for save in saves if isinstance(save, Reread)]
         if rereads and not (writer.keeps_statistics and running.depth):  # a checkpoint's function may update its own
-            note_write([entry for entry in rereads if _is_touched(target, entry)], writer.title)
+            note_write([entry for entry in rereads if _is_touched(region, entry)], writer.title)
         saves = [save for save in saves if not isinstance(save, Reread)]
         counted = not inside and writer.counts(target, args, kwargs)
         repairs = _policy.repairer() is not None
@@ -250,7 +251,7 @@ def look(
                 seen.append(save)
             elif lent and save.checked and not save.moved:
                 seen.append(_Spared(save))
-            if not _may_write_to(target, save):
+            if not _may_write_to(region, save):
                 if (
                     repairs
                     and counted
@@ -260,7 +261,7 @@ def look(
                     and save.shares_counter(target)
                 ):
                     # Another part of it, but the version counts for all parts.
-                    if _lies_apart(target, save):
+                    if _lies_apart(region, save):
                         spared.append(save)
                     else:
                         undecided.append((save, "tracked", writer.title))
@@ -292,6 +293,36 @@ def look(
             if writer.counts(target, args, kwargs) and not ALIASES.lent(target, _memory.storage_of(target))
         ]
         hits[:] = [hit for hit in hits if hit.save.stashed or not any(map(hit.save.shares_counter, counting))]
+
+
+def _part_written(writer: Writer, args: Sequence[Any], target: torch.Tensor) -> torch.Tensor:
+    """The view of ``target`` that ``target[i] = v`` writes to, where ``i`` says so; else the target.
+
+    A buffer that is filled row by row, and read row by row, would have each write judged against all rows.
+    """
+    if writer.name != "__setitem__" or len(args) < 2 or id(args[0]) != id(target):
+        return target
+    index = args[1]
+    if not _picks_a_view(index if type(index) is tuple else (index,)):
+        return target
+    if type(target) not in _memory.PLAIN_TYPES or not _memory.has_memory(target):
+        return target
+    try:
+        with _torch.hidden():
+            part = target[index]
+            return part if _memory.storage_of(part) == _memory.storage_of(target) else target
+    except (IndexError, RuntimeError, TypeError, ValueError):  # PyTorch is about to refuse the call
+        return target
+
+
+def _picks_a_view(index: tuple[Any, ...]) -> bool:
+    return all(
+        type(part) is int
+        or part is None
+        or part is ...
+        or (type(part) is slice and all(type(end) is int or end is None for end in (part.start, part.stop, part.step)))
+        for part in index
+    )
 
 
 def _lies_where_nothing_is_saved(target: torch.Tensor) -> bool:
@@ -420,14 +451,15 @@ def leave_to_the_read(writer: Writer, hits: list[Hit], here: _places.Instruction
 
 def pronounce(writer: Writer, rehearsal: Rehearsal, hits: list[Hit], here: _places.Instruction) -> None:
     """Have those hits answered whose saves the call would silently change; only they are left in ``hits``."""
-    masks: dict[int, torch.Tensor] = {}
+    changed: dict[int, tuple[torch.Tensor, int]] = {}
     with _torch.hidden():
         for hit in hits:
             span = _memory.span_of(hit.save.tensor)
-            if id(hit.target) not in masks:
-                masks[id(hit.target)] = rehearsal.changed_bytes(hit.target)
+            if id(hit.target) not in changed:
+                mask, skipped = _memory.trimmed(rehearsal.changed_bytes(hit.target))
+                changed[id(hit.target)] = mask, _address(hit.target) + skipped
             if span is not None:
-                hit.elements = _memory.touched_elements(masks[id(hit.target)], _address(hit.target), span)
+                hit.elements = _memory.touched_elements(*changed[id(hit.target)], span)
     hits[:] = [hit for hit in hits if hit.elements]
     for hit in list(hits):
         shared = not hit.counted and _memory.shares_counter(hit.target, hit.save.tensor)
