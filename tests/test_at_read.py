@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable
@@ -133,6 +134,18 @@ def perturbed_and_restored(x: torch.Tensor, y: torch.Tensor) -> None:
     kept = y.detach().clone()
     y.data.add_(1)
     y.data.copy_(kept)
+
+
+@pytest.mark.parametrize("value", [torch.ones(4).double() * 3, torch.ones(2, 2), torch.ones(6)])
+def test_what_was_saved_is_told_though_the_tensor_is_another_one_by_now(value: torch.Tensor) -> None:
+    p, a = torch.nn.Parameter(torch.ones(4)), torch.ones(4, requires_grad=True)
+    with torchguard.Guard("record", at="read") as guard:
+        loss = (a * p).sum()
+        p.data = value
+        with contextlib.suppress(RuntimeError):
+            loss.backward()
+    (violation,) = guard.violations
+    assert (violation.shape, violation.dtype, violation.of) == ((4,), "float32", 4)
 
 
 def restored_by_rebinding(x: torch.Tensor, y: torch.Tensor) -> None:

@@ -84,6 +84,9 @@ def _described(
 ) -> Violation:
     proof = None if save.remarks is None or caught == "write" else save.remarks.proof
     difference = None if proof is None else _memory.largest_difference(save.tensor, proof)
+    saved = save.tensor
+    if kind == "rebind" and proof is not None and (proof.shape != saved.shape or proof.dtype != saved.dtype):
+        saved = proof  # the tensor is another one by now
     return Violation(
         kind=kind,
         operation=operation,
@@ -94,9 +97,9 @@ def _described(
         saved_by=save.operation,
         elements=elements,
         largest_difference=difference,
-        of=_torch.behind(save.tensor).numel(),
+        of=_torch.behind(saved).numel(),
         caught=caught,
         allowed=reason,
         thread=threading.current_thread().name,
-        **_memory.describe(save.tensor),
+        **_memory.describe(saved),
     )
