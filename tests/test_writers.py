@@ -505,6 +505,8 @@ def test_targets_in_lists_and_several_arguments() -> None:
 
 def test_out_is_a_target() -> None:
     x, y = f(3), f(3)
+    assert OUT.title == "out="
+    assert OUT.draws, "it may be torch.rand"
     assert [t is x for t in OUT.targets((y,), {"out": x})] == [True]
     assert [t is t2 for t, t2 in zip(OUT.targets((y,), {"out": (x, y)}), (x, y), strict=True)] == [True, True]
 
@@ -513,6 +515,7 @@ def test_eye_writes_to_its_tensor_and_draws_nothing() -> None:
     x = f(3, 3)
     for args, kwargs in (((x,), {}), ((), {"tensor": x})):
         assert [t is x for t in EYE.targets(args, kwargs)] == [True]
+    assert EYE.title == "eye_()"
     state = torch.get_rng_state()
     version = x._version
     torch.nn.init.eye_(x)

@@ -671,7 +671,10 @@ class Module:
     # -- in a process of its own, for what is run at import
 
     def _anew(self, mutant: Mutant, reach: Reach) -> Result:
-        reached = reach.of(*mutant.lines) or set(reach.seconds) - set(reach.failed)
+        first, last = mutant.lines
+        reached = reach.of(first, last)
+        if not reached or any(line in reach.imported for line in range(first, last + 1)):
+            reached = set(reach.seconds) - set(reach.failed)  # what was made at import, any of them may ask about
         tests = self._order(reach, reached)
         files = sorted({test.partition("::")[0] for test in tests})
 
