@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from torchguard import _memory, _places, _policy, _torch
+from torchguard import _arrays, _memory, _places, _policy, _torch
 from torchguard._exports import EXPORTS, is_open
 from torchguard._model import Span
+from torchguard._rereads import running
 from torchguard._saves import LEDGER
 from torchguard._torch import ref
 from torchguard._writes import saves_near
@@ -112,9 +113,12 @@ def take_in(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     somebody else's, who may still hold it.
     """
     result = wrapped(*args, **kwargs)
-    if type(result) in _memory.PLAIN_TYPES and not _torch.function_mode_active():
+    if type(result) in _memory.PLAIN_TYPES:
         source = args[0] if args else next(iter(kwargs.values()), None)
-        if not isinstance(source, torch.Tensor):
+        if running.depth:
+            with _torch.no_torch_function():
+                _arrays.note(result, source)
+        if not isinstance(source, torch.Tensor) and not _torch.function_mode_active():
             _enter_source(result, source, sys._getframe(1))
     return result
 

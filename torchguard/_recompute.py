@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _memory, _places, _policy, _replay, _torch, _verdict
-from torchguard._rereads import Reread, note_write, running
+from torchguard import _arrays, _memory, _places, _policy, _replay, _torch, _verdict
+from torchguard._rereads import OutsideReread, Reread, note_write, run_by_a_checkpoint
 from torchguard._torch import ref
 from torchguard._violation import SavedTensorCorruptionError, SavedTensorCorruptionWarning
 from torchguard._writers import Writer
@@ -64,6 +64,9 @@ class Recomputation:
 
     def take_down(self, tensor: torch.Tensor) -> Reread | None:
         """The entry of a tensor that is not of the function's making; None where there is nothing to watch."""
+        source = _arrays.source_of(tensor)
+        if source is not None:
+            return self._take_down_array(tensor, source)
         entry = self._known.get(id(tensor))
         if entry is not None and entry.tensor is tensor:
             return entry
@@ -75,15 +78,21 @@ class Recomputation:
         self.entries.append(entry)
         return entry
 
+    def _take_down_array(self, tensor: torch.Tensor, source: _arrays.Source) -> Reread:
+        for entry in self.entries:
+            if isinstance(entry, OutsideReread) and entry.source.is_the_same_as(source):
+                entry.storage = _memory.storage_of(tensor)  # of the latest tensor that was made of it
+                return entry
+        entry = OutsideReread(tensor, source, self._instruction, self._needed)
+        self.entries.append(entry)
+        return entry
+
     @contextmanager
     def recorder(self, function: Any, arguments: Any) -> Iterator[None]:
         """Records, as long as it is entered, what is read."""
         with self._recorder(function, arguments):
-            running.depth += 1
-            try:
+            with run_by_a_checkpoint():
                 yield
-            finally:
-                running.depth -= 1
 
     def _recorder(self, function: Any, arguments: Any) -> AbstractContextManager[Any]:
         reached = list(_reached(function))
@@ -109,11 +118,8 @@ class Recomputation:
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the function again; :meth:`report` what it should not have met."""
-        running.depth += 1
-        try:
+        with run_by_a_checkpoint():
             return self._run(function, args, kwargs)
-        finally:
-            running.depth -= 1
 
     def _run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         self.guilty = []
@@ -230,7 +236,7 @@ class _Recorder(TorchFunctionMode):
         found: list[Reread] = []
         for tensor in _memory.tensors_in((args, kwargs)):
             storage = _memory.storage_of(tensor)
-            if not storage or storage in self._made:
+            if not storage or (storage in self._made and _arrays.source_of(tensor) is None):
                 continue
             self._found.add(storage)
             derived = self._derived.get(id(tensor))

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from torchguard import _memory, _torch
+from torchguard import _arrays, _memory, _torch
 from torchguard._counts import COUNTS
 from torchguard._packing import make_pack
 from torchguard._reads import make_unpack
-from torchguard._rereads import Reread
+from torchguard._rereads import OutsideReread, Reread
 from torchguard._writers import Writer, substituted
 
 #: Calls whose result is about the tensor and not computed from its bytes, or that must not be made twice.
@@ -178,12 +178,17 @@ class Replay(TorchFunctionMode):
         self._written_inside = written_inside
         self._writer_of = writer_of
         self._shadows: dict[int, _Shadow] = {}
+        #: What the function makes another tensor of, each time that it runs.
+        self._outside: list[OutsideReread] = []
         self._judged = 0  # not 0 while a call is made whose gradient has been compared
         self._inner = 0  # not 0 while a checkpoint inside runs its function without a graph
         #: Storages of what has no graph there, and will have one when that checkpoint recomputes.
         self._grown: set[int] = set()
         with _torch.hidden():
             for entry in changed:
+                if isinstance(entry, OutsideReread):
+                    self._outside.append(entry)
+                    continue
                 try:
                     self._cast(entry.tensor, {entry}, entry.proof)
                 except Exception:
@@ -222,6 +227,20 @@ class Replay(TorchFunctionMode):
         shadow.blame |= blame
         self._shadows[storage] = shadow
 
+    def _meet_outside(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Cast the shadows of those that have been made of an array that changed."""
+        for tensor in tensors:
+            source = _arrays.source_of(tensor)
+            if source is None or _memory.storage_of(tensor) in self._shadows:
+                continue
+            for entry in self._outside:
+                try:
+                    if entry.source.is_the_same_as(source):
+                        with _torch.hidden():
+                            self._cast(tensor, {entry}, entry.proof)
+                except Exception:
+                    self.guilty.add(entry)
+
     def _see_save(self, tensor: torch.Tensor) -> None:
         shadow = self._shadows.get(_memory.storage_of(tensor))
         if shadow is not None and not self._judged:
@@ -241,10 +260,12 @@ class Replay(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if not self._shadows or name in _PASSED_ON:
+        if not (self._shadows or self._outside) or name in _PASSED_ON:
             return func(*args, **kwargs)
         with _torch.no_torch_function():
             tensors = list(_memory.tensors_in([*args, *kwargs.values()]))
+            if self._outside:
+                self._meet_outside(tensors)
             shadowed = {_memory.storage_of(tensor) for tensor in tensors} & self._shadows.keys()
         if not self._inner:
             return self._follow(func, args, kwargs, tensors, shadowed, name)

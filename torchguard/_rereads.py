@@ -19,10 +19,11 @@ from contextlib import contextmanager
 
 import torch
 
-from torchguard import _memory, _places, _policy
+from torchguard import _arrays, _memory, _places, _policy
 from torchguard._aliases import ALIASES
+from torchguard._arrays import Source
 from torchguard._exports import EXPORTS
-from torchguard._saves import LEDGER, PROOF_BYTES_AT_SAVE, Save
+from torchguard._saves import LEDGER, PROOF_BYTES_AT_ALIAS, PROOF_BYTES_AT_SAVE, Save
 from torchguard._torch import ref
 
 #: Stands for a tensor that is gone: it has no memory that anything could overlap.
@@ -36,6 +37,18 @@ class _Running(threading.local):
 
 
 running = _Running()
+
+
+@contextmanager
+def run_by_a_checkpoint() -> Iterator[None]:
+    """A checkpoint runs its function."""
+    running.depth += 1
+    try:
+        yield
+    finally:
+        running.depth -= 1
+        if not running.depth:
+            _arrays.forget()
 
 
 class Reread(Save):
@@ -56,6 +69,15 @@ class Reread(Save):
     ) -> None:
         # What the checkpointed function reads is kept alive by the function, and must not be by the guard.
         self._root: ref[torch.Tensor] | None = ref(tensor)
+        self._describe(tensor, storage, instruction, needed)
+        if (storage in ALIASES.young or storage in ALIASES.by_storage) and ALIASES.meet_save(storage, tensor):
+            self.keep_proof(PROOF_BYTES_AT_SAVE)
+        EXPORTS.meet(self, storage, tensor.grad_fn)
+        LEDGER.add(self)
+
+    def _describe(
+        self, tensor: torch.Tensor, storage: int, instruction: _places.Instruction, needed: Callable[[], bool]
+    ) -> None:
         self.code, self.offset = instruction if instruction is not None else (None, 0)
         self.inner_code, self.inner_offset = None, -1
         self.node, self.output = None, 0
@@ -66,10 +88,6 @@ class Reread(Save):
         self.read = False
         self.late = False
         self.allowed: str | None = None
-        if (storage in ALIASES.young or storage in ALIASES.by_storage) and ALIASES.meet_save(storage, tensor):
-            self.keep_proof(PROOF_BYTES_AT_SAVE)
-        EXPORTS.meet(self, storage, tensor.grad_fn)
-        LEDGER.add(self)
 
     @property
     def tensor(self) -> torch.Tensor:  # type: ignore[override]
@@ -145,6 +163,44 @@ class Reread(Save):
             remarks.compare = False
             if remarks.exports:
                 self.keep_proof()
+
+
+class OutsideReread(Reread):
+    """Part of a NumPy array that a checkpoint's function read by a tensor of its own making.
+
+    No patch sees who writes there, so it is compared with a copy, unless that would be large.
+    """
+
+    __slots__ = ("source",)
+
+    def __init__(
+        self, tensor: torch.Tensor, source: Source, instruction: _places.Instruction, needed: Callable[[], bool]
+    ) -> None:
+        self.source = source
+        self._describe(tensor, _memory.storage_of(tensor), instruction, needed)
+        self.keep_proof(PROOF_BYTES_AT_ALIAS)
+
+    @property
+    def tensor(self) -> torch.Tensor:  # type: ignore[override]
+        """A new tensor over it; one without memory once the array is gone."""
+        tensor = self.source.tensor()
+        return _GONE if tensor is None else tensor
+
+    @property
+    def _displaced(self) -> bool:
+        return False
+
+    @property
+    def changed(self) -> bool:
+        """Whether its bytes are not what they were."""
+        tensor = self.tensor
+        return tensor is not _GONE and self.proof is not None and not _memory.same_bytes(tensor, self.proof)
+
+    def accept(self) -> None:
+        """What was written has been answered: what is there now is what the next recomputation is to find."""
+        remarks = self.remark()
+        remarks.suspect = remarks.guard = remarks.writer = remarks.proof = None
+        self.keep_proof(PROOF_BYTES_AT_ALIAS)
 
 
 def note_write(entries: Iterable[Reread], operation: str) -> None:
