@@ -6,9 +6,11 @@ move, did it call back? Nothing here repeats a list of the package: the truth is
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import probe_counters
@@ -240,6 +242,16 @@ def test_share_memory_keeps_every_value() -> None:
     before = tensor.clone()
     tensor.share_memory_()
     assert torch.equal(tensor, before)
+
+
+def test_functions_that_call_the_others_are_left_out() -> None:
+    """Those written in Python: what they call is judged, and would be twice. Of ``torch.Tensor`` they are there."""
+    in_python = {key for key, (function, _) in TABLE.items() if inspect.isfunction(function)}
+    assert {key.partition(".")[0] for key in in_python} <= {"Tensor"}
+    assert all(callable(function) for function, _ in TABLE.values())
+    assert inspect.isfunction(torch.nn.functional.rrelu)
+    assert not _writers.writers_in(Namespace(relu_=lambda x: x, number_=3), ["relu_", "number_", "missing_"])
+    assert set(_writers.writers_in(Namespace(add_=torch.Tensor.add_), ["add_"])) == {"add_"}
 
 
 def test_in_place_operators_are_all_there() -> None:
