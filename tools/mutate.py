@@ -234,6 +234,18 @@ def mutants_of(source: str) -> list[Mutant]:
     return found
 
 
+def _remembered(source: str, path: Path) -> list[Mutant]:
+    """Every mutant of a module: making them takes minutes, so they are kept as long as it, and this file, stay the same."""
+    key = hashlib.sha256((source + Path(__file__).read_text(encoding="utf-8")).encode()).hexdigest()
+    if path.exists():
+        known, mutants = pickle.loads(path.read_bytes())
+        if known == key:
+            return list(mutants)
+    mutants = mutants_of(source)
+    path.write_bytes(pickle.dumps((key, mutants)))
+    return mutants
+
+
 def _negated(node: Any) -> Iterator[Any]:
     """``if x`` as ``if not x``, where mutmut has no other comparison to offer."""
     import libcst as cst
@@ -753,7 +765,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _mutate(name: str, options: argparse.Namespace, last_time: Path, scratch: Path) -> int:
     module = Module(name, options, scratch)
-    every = mutants_of(module.source)
+    every = _remembered(module.source, last_time.with_suffix(".pickle"))
     mutants = [mutant for mutant in every if options.only is None or options.only in mutant.name]
     earlier: dict[str, Any] = json.loads(last_time.read_text()) if last_time.exists() else {}
     if options.again:
