@@ -235,7 +235,7 @@ def mutants_of(source: str) -> list[Mutant]:
 
 
 def _remembered(source: str, path: Path) -> list[Mutant]:
-    """Every mutant of a module: making them takes minutes, so they are kept as long as it, and this file, stay the same."""
+    """Every mutant of a module: making them takes minutes; they are kept as long as it and this file stay the same."""
     key = hashlib.sha256((source + Path(__file__).read_text(encoding="utf-8")).encode()).hexdigest()
     if path.exists():
         known, mutants = pickle.loads(path.read_bytes())
