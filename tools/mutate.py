@@ -45,6 +45,9 @@ _KEPT = "tests/test_generated.py::test_what_was_once_wrong_is_right"
 #: What runs in a process that would not see the mutant, or takes long and says little.
 _LEFT_OUT = ("subprocess", "command_line", "soak", "leak")
 
+#: A test that takes longer than so many seconds to fail is not asked first.
+_SLOW = 5
+
 #: A line that fewer tests run may make, in a process's first call, what is kept for the others: these are asked, too.
 _FEW = 4
 
@@ -666,12 +669,15 @@ class Module:
 
         seconds = sum(reach.seconds[test] for test in tests)
         log = self._scratch / "mutant.log"
+        begun = time.monotonic()
         state, by = in_child(work, 10 + 3 * seconds, 90 + 10 * seconds, log)
         if self._verbose:
             os.write(1, log.read_bytes())
         if state == "died" and b"no such function" in log.read_bytes():
             return None
         result = self._judged(mutant, state, by, len(tests))
+        if by is not None and time.monotonic() - begun > _SLOW:
+            self._kills[by] -= 3  # it waits for what will not happen: another first, the next time
         return None if at_import and result.outcome == "survived" else result
 
     def _judged(self, mutant: Mutant, state: str, by: str | None, tests: int) -> Result:
