@@ -314,8 +314,8 @@ def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
 
     Going back from there, what one instruction saved, of one type of node, with numbers that run without a
     gap, are outputs as well. What saves its input and its output (``h = h.cumprod(0)`` in a loop) looks the same, but
-    for the name that it is called by. (Where that does not tell, its input is kept as an alias, and ``h.data = y`` on
-    it is not reported.)
+    for the name that it is called by, and for the save that was made when its input was an output. (Where neither
+    tells, its input is kept as an alias, and ``h.data = y`` on it is not reported.)
     """
     mended = False
     for item in _latest(1024):
@@ -328,10 +328,24 @@ def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
             return
         if not mended and code and _places.operation_of((code, save.inner_offset)) == operation_of_node(node.__name__):
             return  # ``h.cumprod(0).cumprod(0)``
+        if _was_saved_as_output(save, node):
+            return  # ``linalg.vector_norm(x).norm()``
         mended = True
         save.node = node
         save.output = save.tensor.output_nr
         save.tensor = save.tensor.detach()
+
+
+def _was_saved_as_output(save: Save, node: type) -> bool:
+    """Whether what is saved has been saved before, unchanged, as an output of such a node."""
+    return any(
+        other is not save
+        and other.node is node
+        and other.version == save.version
+        and other.output == save.tensor.output_nr
+        and other.shares_counter(save.tensor)
+        for other in LEDGER.in_storage(save.storage)
+    )
 
 
 def _may_be_output(tensor: torch.Tensor, grad_fn: Any, frame: Any) -> bool:

@@ -456,6 +456,39 @@ y6 = checkpoint(torch.sin, y5, use_reentrant=False)
 y5.unsqueeze_(0)
 y6.backward(torch.ones_like(y6))
 """,
+    "norm_of_a_norm_is_refused_in_the_name_of_the_write": """
+a2 = grid(2, 3, 4, dtype=torch.float64).requires_grad_()
+y3 = torch.linalg.vector_norm(a2, 3, 0)
+y4 = y3.norm(dim=-1)
+torch.fill_(y3, 1)
+g14 = torch.autograd.grad(y4.sum(), a2, allow_unused=True, materialize_grads=True)[0]
+""",
+    "what_inference_mode_made_is_read_in_the_place_of_what_was_saved": """
+a2 = grid(5, 4)[1:4].requires_grad_()
+y3 = a2.clamp(-1, 1)
+y4 = y3.std()
+torch._foreach_zero_([a2.split(2)[0].data.view(torch.int32)])
+with torch.inference_mode(): y3.data = y3.data.mT.contiguous().mT
+y4.sum().backward()
+""",
+    "what_repair_goes_on_with_outlives_it_as_it_would_without": """
+a2 = grid(3, 4).requires_grad_()
+y3 = a2 ** 3
+y4 = y3.abs().rsqrt()
+y3.sum().backward(inputs=[y4], retain_graph=True)
+m5 = torch.nn.Linear(4, 4)
+y6 = m5(y4)
+with torch.no_grad(): torch.normal(0.0, 1.0, y4.shape, out=y4)
+y6.sum().backward(create_graph=True)
+""",
+    "checkpoint_of_a_weight_that_became_another_dtype": """
+a1 = grid(2, 3, 4)
+a2 = grid(5, 4, dtype=torch.float64)[1:4].requires_grad_()
+y4 = region(lambda x, w: checkpoint(lambda y: bent(y, w), x, use_reentrant=False), a1, a2)
+torch._foreach_copy_([torch.asarray(torch.ops.aten.alias(a1).detach().numpy())], [y4])
+torch.nn.utils.vector_to_parameters(torch.full((a2.numel(),), 0.5), [a2])
+y4.backward(torch.ones_like(y4))
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}

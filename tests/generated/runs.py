@@ -491,7 +491,8 @@ class Recorder:
         self.touched = self.touched or save.is_changed(refused=True)
         self.read = self.read or save.is_changed()
         self.changed = self.changed or self.read
-        return save.given
+        # Pointed at memory of inference mode's since: PyTorch would read it, and takes it from no hook.
+        return save.given.clone() if save.given.is_inference() else save.given
 
     def look(self) -> None:
         """Look at all live saves."""
