@@ -720,3 +720,40 @@ def test_process_wide() -> None:
     finally:
         torchguard.disable()
     assert torch.equal(x.grad, truth)  # type: ignore[arg-type]
+
+
+# ---- one write after another, of kinds that are judged in different ways --------------------------------------------
+
+
+def by_an_optimiser(x: torch.Tensor) -> None:
+    x.grad = torch.ones_like(x)
+    torch.optim.SGD([x], lr=0.5).step()
+    x.grad = None
+
+
+ONE_AFTER_ANOTHER: dict[str, Callable[[torch.Tensor], object]] = {
+    "counted": lambda x: x.add_(1),
+    "foreach": lambda x: torch._foreach_add_([x], [torch.ones_like(x)]),
+    "optimiser": by_an_optimiser,
+    "silent": lambda x: x.data.mul_(3),
+    "rebound": lambda x: setattr(x, "data", torch.full_like(x, 0.5)),
+    "rebound to the same": lambda x: setattr(x, "data", x.data.clone()),
+    "unseen": lambda x: torch.mul(x.data, 2, out=x.data),
+}
+
+
+@pytest.mark.parametrize("second", ONE_AFTER_ANOTHER)
+@pytest.mark.parametrize("first", ONE_AFTER_ANOTHER)
+def test_whichever_write_comes_first_what_was_saved_is_read_and_it_is_said(first: str, second: str) -> None:
+    def program() -> list[torch.Tensor]:
+        a = leaf()
+        out = torch.nn.functional.silu(a)
+        with torch.no_grad():
+            ONE_AFTER_ANOTHER[first](a)
+            ONE_AFTER_ANOTHER[second](a)
+        out.sum().backward()
+        assert a.grad is not None
+        return [a.grad]
+
+    guard = check(program)
+    assert len(guard.violations) == (first != second or first != "rebound to the same")

@@ -614,11 +614,12 @@ def _judge_rebinding(saves: list[Save], undecided: list[Save]) -> Exception | No
     here = _places.user_instruction(frame)
     at_read = _policy.judge_at_read() is not None
     trusted = at_read or _places.called_from(frame, _TRUSTED_FILES)
+    repairs = _policy.repairer() is not None
     try:
         for save in saves:
             if save.is_taken and not at_read and not save.is_intact:
                 undecided.append(save)  # who wrote to it first answers for it
-            elif save.stashed or (trusted and not (at_read and save.moved)):
+            elif save.stashed or (trusted and not (at_read and save.moved)) or (repairs and save.is_taken):
                 save.let_bytes_decide("rebind", _REBINDING, here)
                 undecided.append(save)
             elif not save.moved:

@@ -489,6 +489,15 @@ torch._foreach_copy_([torch.asarray(torch.ops.aten.alias(a1).detach().numpy())],
 torch.nn.utils.vector_to_parameters(torch.full((a2.numel(),), 0.5), [a2])
 y4.backward(torch.ones_like(y4))
 """,
+    "counted_write_and_then_another_memory": """
+a2 = grid(3, 4, dtype=torch.float16).requires_grad_()
+y3 = F.silu(a2)
+o5 = torch.optim.Rprop([a2])
+if a2.grad is None: a2.grad = torch.ones_like(a2)
+o5.step()
+torch.nn.utils.vector_to_parameters(torch.full((12,), 0.5), [a2])
+y3.abs().sum().backward()
+""",
 }
 
 KEPT: dict[str, Program] = {name: tuple(text.strip().splitlines()) for name, text in _KEPT.items()}
