@@ -362,6 +362,23 @@ def test_touched_elements_by_brute_force(data: Any) -> None:
     assert touched_elements(mask, start, span) == truth
 
 
+@pytest.mark.parametrize("length", [0, 1, 5, _memory._SHORT, _memory._SHORT + 1, 3 * _memory._SHORT])
+@pytest.mark.parametrize("where", [(), (0,), (-1,), (0, -1), (2, 3, 4), (700,), (1, 900)])
+def test_a_trimmed_mask_says_the_same_of_any_span(length: int, where: tuple[int, ...]) -> None:
+    mask = torch.zeros(length, dtype=torch.bool)
+    for i in where:
+        if -length <= i < length:
+            mask[i] = True
+    trimmed, skipped = _memory.trimmed(mask)
+    for first, size in ((0, length), (0, 4), (1, 3), (length - 3, 3), (698, 5), (896, 8)):
+        if first >= 0 and 0 < size <= length - first:
+            region = _memory.Span("cpu", 1000 + first, 1, (size,), (1,))
+            assert touched_elements(trimmed, 1000 + skipped, region) == touched_elements(mask, 1000, region)
+    assert trimmed.sum() == mask.sum()
+    if length > _memory._SHORT:
+        assert not len(trimmed) or bool(trimmed[0] & trimmed[-1]), "nothing to be looked through in vain"
+
+
 def test_a_reinterpretation_touches_the_elements_whose_bytes_it_changes() -> None:
     save = torch.zeros(4)
     bytes_ = save.view(torch.uint8)

@@ -441,11 +441,7 @@ class Aliases:
             alias = record()
             if alias is not None and (alias is tensor or alias is base):
                 return record.instruction
-        for record in reversed(records):
-            alias = record() if record.counter is None else record.counter
-            if alias is not None and _memory.shares_counter(alias, tensor):
-                return record.instruction
-        return None
+        return next((record.instruction for record in reversed(records) if record.shares(tensor)), None)
 
 
 #: The aliases of this process.
