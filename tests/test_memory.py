@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from torchguard import _memory
 from torchguard._memory import (
@@ -135,6 +136,56 @@ def test_subclass_is_not_called() -> None:
     assert storage_of(tensor)
     assert version_of(tensor) == 0
     assert describe(tensor) == {"dtype": "float32", "shape": (3, 2), "device": "cpu"}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_what_has_no_memory_lies_in_no_storage() -> None:
+    for layout in ("coo", "csr"):
+        tensor = getattr(torch.eye(3), f"to_sparse_{layout}")()
+        assert storage_of(tensor) == 0
+        assert not _memory.has_memory(tensor)
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        assert not _memory.has_memory(x), "a wrapper of torch.func's: asked with the transform in force"
+        return x.sum()
+
+    torch.func.grad(look)(torch.ones(3))
+
+
+def test_a_mode_is_not_asked() -> None:
+    class Loud(TorchFunctionMode):
+        def __torch_function__(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("user code was called")
+
+    tensor = torch.zeros(3, 2)
+    with Loud():
+        span, counter = span_of(tensor), _memory.counter_of(tensor)
+        same = same_bytes(tensor, tensor)
+    assert span == span_of(tensor)
+    assert shares_counter(counter, tensor)
+    assert same
+
+
+def test_what_keeps_no_version_has_not_moved() -> None:
+    assert not _memory.has_moved(_inference(), 0)
+    tensor = torch.zeros(2)
+    assert not _memory.has_moved(tensor, 0)
+    tensor.add_(1)
+    assert _memory.has_moved(tensor, 0)
+
+
+def test_a_wrapper_of_a_transform_moves_the_counters_inside_it() -> None:
+    tensor, told = torch.ones(3), []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        told.append(shares_counter(x, tensor))
+        version = tensor._version
+        x.add_(0)
+        told.append(tensor._version != version)
+        return x.sum()
+
+    torch.vmap(look)(tensor[None])
+    assert told == [True, True]
 
 
 def test_looking_does_not_materialise_a_copy_on_write_tensor() -> None:

@@ -191,7 +191,7 @@ def _take_down(space: dict[str, Any], outcome: Outcome) -> None:
     outcome.alive = [name for name, hold in held.items() if hold() is not None]
     for name in outcome.alive:
         tensor = held[name]()
-        if tensor is not None and tensor.is_leaf:
+        if tensor is not None:  # what is no leaf has one, too, where it was asked for (``inputs=[y]``)
             tensor.grad = None
         del tensor
     outcome.held = [name for name in outcome.alive if held[name]() is not None]
