@@ -88,6 +88,9 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
     ),
     "_writes": (
         ("tests/test_mutants_writes.py", 1000),
+        ("tests/test_rows.py", 1000),
+        ("tests/test_flat_buffers.py", 1000),
+        ("tests/test_recompute.py", 100),
         ("tests/test_counterless.py", 1000),
         ("tests/test_guard.py", 1000),
         ("tests/test_at_read.py", 1000),
