@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from torchguard import _memory
+from torchguard._counts import COUNTS
 from torchguard._memory import (
     changed_bytes,
     describe,
@@ -132,6 +133,7 @@ def test_subclass_is_not_called() -> None:
             raise AssertionError("user code was called")
 
     tensor = torch.zeros(3, 2).as_subclass(Loud)
+    assert same_bytes(tensor, tensor)
     assert span_of(tensor) is not None
     assert storage_of(tensor)
     assert version_of(tensor) == 0
@@ -186,6 +188,42 @@ def test_a_wrapper_of_a_transform_moves_the_counters_inside_it() -> None:
 
     torch.vmap(look)(tensor[None])
     assert told == [True, True]
+
+
+def test_a_copy_is_made_of_what_is_reached_and_counted() -> None:
+    whole = torch.arange(40.0)
+    before, size = COUNTS.copies, whole.untyped_storage().nbytes()
+    part, beside, other = whole[30:], whole[32:34], torch.ones(2)
+    replicas = replicas_of([part, other], [beside])
+    assert COUNTS.copies == before + 2, "one for each storage"
+    assert whole.untyped_storage().nbytes() == size
+    assert torch.equal(replicas[id(part)], part)
+    assert replicas[id(part)].untyped_storage().nbytes() <= 4 * len(part) + 16
+    replicas[id(part)][2] = 7
+    assert float(replicas[id(beside)][0]) == 7
+
+
+def test_the_like_of_what_inference_mode_made_reads_the_same() -> None:
+    with torch.inference_mode():
+        made = torch.arange(12, dtype=torch.float64).view(3, 4).t()[1:]
+    like = _memory.outside_inference_mode(made)
+    assert not like.is_inference()
+    assert (like.dtype, like.stride(), like.data_ptr()) == (made.dtype, made.stride(), made.data_ptr())
+    assert torch.equal(like, made)
+
+
+def test_other_shapes_and_dtypes_are_other_bytes() -> None:
+    flags = torch.zeros(3, dtype=torch.bool)
+    assert same_bytes(flags, flags.clone())
+    assert not same_bytes(flags, torch.zeros(4, dtype=torch.bool))
+    assert not same_bytes(flags, torch.zeros(3, 1, dtype=torch.bool))
+    assert not same_bytes(flags, torch.zeros(3, dtype=torch.uint8))
+    assert not same_bytes(torch.zeros(3), torch.zeros(3, dtype=torch.int32))
+
+
+def test_a_nested_tensor_of_strided_layout_has_no_shape_to_tell() -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    assert describe(nested) == {"dtype": "float32", "shape": (), "device": "cpu"}
 
 
 def test_looking_does_not_materialise_a_copy_on_write_tensor() -> None:
