@@ -519,7 +519,7 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
                 raise error
             finally:
                 del error  # it refers to this frame
-    if not same and _policy.innermost() is not None:
+    if _policy.innermost() is not None:
         # Whether backward reads it at all, the program's own unpack will tell: then its bytes decide.
         for save in LEDGER.in_storage(_memory.storage_of(tensor)):
             if not save.certain and save.tensor is tensor:

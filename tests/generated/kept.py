@@ -489,6 +489,14 @@ torch._foreach_copy_([torch.asarray(torch.ops.aten.alias(a1).detach().numpy())],
 torch.nn.utils.vector_to_parameters(torch.full((a2.numel(),), 0.5), [a2])
 y4.backward(torch.ones_like(y4))
 """,
+    "rebound_to_the_same_bytes_saved_twice_once_under_a_key": """
+a2 = grid(1, 4).requires_grad_()
+y3 = F.hardtanh(a2)
+with saving('keyed'): y4 = a2 * y3
+y6 = y3.cos()
+y3.data = y3.detach().clone()
+y4.sum().backward()
+""",
     "counted_write_and_then_another_memory": """
 a2 = grid(3, 4, dtype=torch.float16).requires_grad_()
 y3 = F.silu(a2)
