@@ -747,6 +747,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", default=None, metavar="TEXT", help="mutants whose name has TEXT in it")
     parser.add_argument("--again", action="store_true", help="those that survived the last time")
+    parser.add_argument("--open", action="store_true", help="the same, without those that are explained")
     parser.add_argument("--rest", action="store_true", help="those that were never run")
     parser.add_argument("--list", action="store_true", help="only name the mutants")
     parser.add_argument("--verbose", action="store_true", help="show what the tests print")
@@ -777,8 +778,9 @@ def _mutate(name: str, options: argparse.Namespace, last_time: Path, scratch: Pa
     every = _remembered(module.source, last_time.with_suffix(".pickle"))
     mutants = [mutant for mutant in every if options.only is None or options.only in mutant.name]
     earlier: dict[str, Any] = json.loads(last_time.read_text()) if last_time.exists() else {}
-    if options.again:
+    if options.again or options.open:
         alive = {key for key, value in earlier.items() if value["outcome"] in ("survived", "not reached")}
+        alive -= explained(name).keys() if options.open else set()
         mutants = [mutant for mutant in mutants if mutant.name in alive]
     if options.rest:
         mutants = [mutant for mutant in mutants if mutant.name not in earlier]
