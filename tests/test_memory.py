@@ -187,7 +187,9 @@ def test_a_wrapper_of_a_transform_moves_the_counters_inside_it() -> None:
         return x.sum()
 
     torch.vmap(look)(tensor[None])
-    assert told == [True, True]
+    tensor = torch.ones(1, 3)
+    torch.vmap(look)(tensor)
+    assert told == [True, True, True, True]
 
 
 def test_a_copy_is_made_of_what_is_reached_and_counted() -> None:
