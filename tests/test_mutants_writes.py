@@ -772,3 +772,96 @@ def test_the_error_of_a_call_that_keeps_statistics_keeps_no_save_alive() -> None
         gc.collect()
         assert hold() is None
     assert caught.value is not None
+
+
+# ---- several targets, keywords, places ------------------------------------------------------------------------------
+
+
+class Handed(torch.Tensor):
+    """A subclass that adds nothing."""
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_target_that_nobody_saved_does_not_hide_the_next(writes: bool) -> None:
+    with torchguard.Guard("record") as guard:
+        x = leaf()
+        y = x.sigmoid()
+        for other in (torch.ones(3).as_subclass(Handed), torch.ones(3)):
+            with torch.no_grad():
+                torch._foreach_mul_([other, y.data if writes else torch.ones(3)], 2)
+                torch._foreach_div_([other, y.data if writes else torch.ones(3)], 2)
+    assert sum(violation.times for violation in guard.violations) == 4 * writes
+
+
+@pytest.mark.parametrize("corrupting", [True, False])
+def test_statistics_that_are_given_by_keyword(corrupting: bool) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, mean, var = leaf(6), torch.zeros(2), torch.ones(2)
+        keywords: dict[str, Any] = {"weight": None, "bias": None, "running_mean": mean, "running_var": var, "eps": 1e-5}
+        keywords |= {"momentum": 0.1 if corrupting else 0.0, "cudnn_enabled": False}
+        out = torch.batch_norm(input=x.view(3, 2), training=False, **keywords)
+        if writes:
+            torch.batch_norm(input=torch.arange(8.0).view(4, 2), training=True, **keywords)
+        return x, out
+
+    truth, plain = gradient(program, writes=False), gradient(program)
+    assert torch.equal(plain, truth) is not corrupting
+    guard = torchguard.Guard("record")
+    assert torch.equal(gradient(program, guard), plain)
+    assert [violation.kind for violation in guard.violations] == ["uncounted"] * corrupting
+
+
+def test_the_line_of_an_allowed_update_of_statistics_is_kept() -> None:
+    with torchguard.Guard("record") as guard:
+        norm = nn.BatchNorm1d(2)
+        x = leaf(6).view(3, 2)
+        out = norm.eval()(x)
+        with torchguard.allow("on purpose"):
+            norm.train()(torch.rand(4, 2))
+        out.sum().backward()
+    assert guard.violations == []
+    assert guard.allowed
+    for violation in guard.allowed:
+        assert violation.written is not None
+        assert violation.written.source == "norm.train()(torch.rand(4, 2))"
+
+
+def test_each_judged_write_is_counted_once() -> None:
+    with torchguard.strict() as guard:
+        y = leaf().sigmoid()
+        before = guard.stats.writes
+        for _ in range(3):
+            y.data.mul_(1)
+        assert guard.stats.writes == before + 3
+
+
+@pytest.mark.parametrize("where", ["array", "tensor"])
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_save_over_an_array_of_torchs_memory_is_hit_once(where: str, writes: bool) -> None:
+    """Two storages over the same memory: a write to the one is a write to the other."""
+    owner = torch.ones(4)
+    with torchguard.Guard("record") as guard:
+        over = torch.from_numpy(owner.numpy())
+        x = leaf(4)
+        saved, written = (over, owner) if where == "array" else (owner, over)
+        out = x * saved
+        if writes:
+            written.mul_(3)
+        out.sum().backward()
+    assert len(guard.violations) == writes
+
+
+def test_a_write_beside_a_block_that_preserves_another_version_is_refused_by_pytorch() -> None:
+    def program() -> str:
+        x, h, other = leaf(), torch.ones(3), torch.ones(3)
+        out = x * h
+        with _preserve((other,)):
+            h.mul_(2)
+        with pytest.raises(RuntimeError) as refused:
+            out.sum().backward()
+        return str(refused.value)
+
+    plain = program()
+    with torchguard.strict() as guard:
+        assert program() == plain
+    assert guard.violations == []

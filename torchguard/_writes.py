@@ -192,7 +192,6 @@ class _Proven:
     def __init__(self, save: Save) -> None:
         self.save = save
         remarks = save.remark()
-        self.was_compared = remarks.compare
         self.had_proof = remarks.proof is not None
         save.keep_proof()
         self.was_intact = save.is_proven
