@@ -93,6 +93,7 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
         ("tests/test_recompute.py", 100),
         ("tests/test_exports.py", 200),
         ("tests/test_hook_composition.py", 100),
+        ("tests/test_stats.py", 100),
         ("tests/test_pool_threads.py", 1000),
         ("tests/test_counterless.py", 1000),
         ("tests/test_guard.py", 1000),
