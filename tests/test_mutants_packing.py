@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -550,3 +551,84 @@ def test_what_a_double_backward_saves_is_what_it_was() -> None:
     guard = torchguard.Guard("record")
     assert torch.equal(gradient(guard), gradient(torch.enable_grad()))
     assert [violation.kind for violation in guard.violations] == ["rebind"]
+
+
+# ---- who holds it, and what was there before -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("holders", [0, 1, 2, 5])
+@pytest.mark.parametrize("writes", [True, False])
+def test_an_array_from_before_the_guard_is_asked_about_however_many_hold_its_tensor(holders: int, writes: bool) -> None:
+    arrays = [np.ones(3, np.float32) for _ in range(2)]
+    held = [[torch.from_numpy(array)] * max(1, holders) for array in arrays]
+    with torchguard.Guard("record") as guard:
+        x = leaf()
+        kept = torch._foreach_mul([x, x], [tensors.pop() if holders == 0 else tensors[0] for tensors in held])
+        if writes:
+            arrays[1].fill(5)
+        torch.stack(kept).sum().backward()
+    assert len(guard.violations) == writes
+
+
+def test_a_mode_of_the_programs_makes_nothing_unwatched() -> None:
+    with torchguard.strict() as guard, Quiet():
+        x = leaf()
+        (x * x.exp()).sum().backward()
+    assert guard.unwatched == []
+
+
+def test_a_foreach_after_what_is_gone() -> None:
+    def program() -> list[torch.Tensor]:
+        inputs = [leaf(), leaf()]
+        for _ in range(2):
+            leaf().exp().sigmoid()  # saved, and gone
+            outputs = torch._foreach_exp(inputs)
+        torch.stack(outputs).sum().backward()
+        return [x.grad for x in inputs if x.grad is not None]
+
+    plain = program()
+    with torchguard.strict():
+        found = program()
+    assert len(found) == 2
+    assert all(map(torch.equal, found, plain))
+
+
+def test_what_is_gone_is_passed_over_where_outputs_are_looked_for() -> None:
+    with torchguard.strict():
+        node = type(leaf().exp().grad_fn)
+        assert LEDGER.pending
+        assert LEDGER.pending[-1]() is None
+        _packing._mend_foreach(node, 10, None)
+
+
+def test_nothing_is_unwatched_where_a_mode_is_on_while_autograd_saves() -> None:
+    with torchguard.strict() as guard:
+        pack = _packing.make_pack()
+        with Quiet():
+            save = called_in_a_mode(pack, leaf())
+    assert save.remarks is not None
+    assert guard.unwatched == []
+
+
+def test_what_has_left_its_transform_is_handed_back_as_it_was() -> None:
+    def program() -> tuple[str, torch.Tensor, torch.Tensor]:
+        left: list[torch.Tensor] = []
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            left.append(x)
+            return x.sum()
+
+        torch.func.grad(loss)(torch.linspace(1, 2, 3))
+        x = leaf()
+        out = x * left[0]
+        saved = out.grad_fn._saved_other  # type: ignore[union-attr]
+        out.sum().backward()
+        assert x.grad is not None
+        return repr(saved), torch.as_tensor(saved.tolist()), x.grad
+
+    plain = program()
+    with torchguard.strict() as guard:
+        found = program()
+    assert guard.violations == guard.unwatched == []
+    assert found[0] == plain[0]
+    assert all(map(torch.equal, found[1:], plain[1:]))
