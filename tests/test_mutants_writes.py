@@ -839,7 +839,64 @@ def test_a_save_over_an_array_of_torchs_memory_is_hit_once(where: str, writes: b
         if writes:
             written.mul_(3)
         out.sum().backward()
-    assert len(guard.violations) == writes
+    assert [(violation.caught, violation.times) for violation in guard.violations] == [("write", 1)] * writes
+
+
+@pytest.mark.parametrize("quiet", ["no_grad", "hooks of its own"])
+def test_a_thread_from_before_the_guard_that_saves_nothing_is_not_named(quiet: str) -> None:
+    begin, h = threading.Event(), torch.ones(3)
+
+    def work() -> None:
+        assert begin.wait(60)
+        with torch.no_grad() if quiet == "no_grad" else hooked():
+            h.data.mul_(1)
+
+    thread = threading.Thread(target=work, name="the old one")
+    thread.start()
+    with torchguard.Guard("record") as guard:
+        out = leaf() * h
+        begin.set()
+        thread.join(60)
+        out.sum().backward()
+    assert not [line for line in guard.unwatched if "'the old one'" in line]
+
+
+def test_a_write_to_what_was_saved_in_two_ways_while_another_thread_lives() -> None:
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait, args=(60,))
+    thread.start()
+    try:
+        with torchguard.Guard("record") as guard:
+            x, buffer = leaf(), torch.ones(6)
+            with hooked():
+                first = x * buffer[:3]
+            out = first + x * buffer[3:]
+            buffer.data.mul_(1)
+            buffer[:3].data.mul_(2)
+            out.sum().backward()
+    finally:
+        over.set()
+        thread.join()
+    assert len(guard.violations) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_values_of_a_sparse_tensor_are_written_to_with_it(writes: bool) -> None:
+    def program(write: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        sparse = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([2.0, 3.0]), (3,)).coalesce()
+        x = leaf(2)
+        out = x * sparse.values().data
+        if write:
+            sparse.mul_(2)
+        return x, out
+
+    truth = gradient(program, writes=False)
+    plain = gradient(program, writes=writes)
+    guard = torchguard.Guard("record")
+    found = gradient(program, guard, writes=writes)
+    assert torch.equal(found, plain)
+    assert bool(guard.violations) is not torch.equal(plain, truth)
 
 
 def test_a_write_beside_a_block_that_preserves_another_version_is_refused_by_pytorch() -> None:

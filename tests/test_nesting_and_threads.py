@@ -672,7 +672,7 @@ def _while_another_thread_looks(monkeypatch: pytest.MonkeyPatch, body: Callable[
     def slow(save: Any) -> bool:
         if threading.current_thread() is other and not in_the_middle.is_set():
             in_the_middle.set()
-            go_on.wait(10)
+            go_on.wait(0.2)  # seconds; nobody sets it: a third thread is not to help
         return looked(save)
 
     def enter() -> None:
@@ -682,13 +682,11 @@ def _while_another_thread_looks(monkeypatch: pytest.MonkeyPatch, body: Callable[
     def begin() -> None:
         other.start()
         assert in_the_middle.wait(10)
-        later.start()
 
-    other, later = threading.Thread(target=enter), threading.Timer(0.2, go_on.set)
+    other = threading.Thread(target=enter)
     monkeypatch.setattr(_reads, "_is_kept_anyway", slow)
     body(begin)
     other.join(10)
-    later.join(10)
     assert not other.is_alive()
 
 

@@ -101,15 +101,40 @@ def test_what_pytorch_refuses_of_a_row_it_refuses_in_its_own_words() -> None:
             assert words(index) == plain
 
 
+@pytest.mark.parametrize("name", sorted(INDICES.keys() - {"list", "tensor", "mask", "list in a row", "from the end"}))
 @pytest.mark.parametrize("at", ["write", "read"])
-def test_a_row_costs_the_same_however_many_rows_are_saved(at: Any) -> None:
+def test_a_row_costs_the_same_however_many_rows_are_saved(at: Any, name: str) -> None:
     each = {}
+    index = INDICES[name](ROWS - 1)
     for rows in (100, 400):
         with torchguard.strict(at=at):
             buffer, a = torch.zeros(rows, WIDTH), torch.ones(WIDTH, requires_grad=True)
             alias, saved = buffer.data, []
-            for i in range(rows - 1):
+            for i in range(rows):
                 alias[i] = 1.0
-                saved.append(a * buffer[i])
-            each[rows] = count_steps(lambda alias=alias, rows=rows: write(alias, rows - 1, 1.0))  # type: ignore[misc]
+                if i != ROWS - 1:
+                    saved.append(a * buffer[i])
+            each[rows] = count_steps(lambda alias=alias: write(alias, index, 2.0))  # type: ignore[misc]
     assert each[400] < 1.2 * each[100]
+
+
+WHOLE: dict[str, Callable[[torch.Tensor], object]] = {
+    "add_": lambda x: x.add_(1),
+    "fill_": lambda x: x.fill_(0),
+    "mul_": lambda x: torch.Tensor.mul_(x, 2),
+    "masked_fill_": lambda x: x.masked_fill_(torch.ones(1, dtype=torch.bool), 0),
+    "index_fill_": lambda x: x.index_fill_(0, torch.tensor([ROWS - 2]), 0),
+    "foreach": lambda x: torch._foreach_add_([x], 1),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_write_to_the_whole_is_judged_against_all_rows(name: str) -> None:
+    buffer, a = torch.zeros(ROWS, WIDTH), torch.ones(WIDTH, requires_grad=True)
+    with torchguard.strict():
+        alias, kept = buffer.data, []
+        for i in range(ROWS):
+            alias[i] = 1.0
+            kept.append(a * buffer[i])
+        with pytest.raises(torchguard.SavedTensorCorruptionError):
+            WHOLE[name](alias)
