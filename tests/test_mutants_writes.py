@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -913,3 +914,109 @@ def test_a_write_beside_a_block_that_preserves_another_version_is_refused_by_pyt
     with torchguard.strict() as guard:
         assert program() == plain
     assert guard.violations == []
+
+
+# ---- reshaped in place, pointed elsewhere ---------------------------------------------------------------------------
+
+RESHAPED: dict[str, Callable[[torch.Tensor], object]] = {
+    "unsqueeze_": lambda x: x.unsqueeze_(0),
+    "transpose_": lambda x: x.transpose_(0, 1),
+    "swapaxes_": lambda x: torch.Tensor.swapaxes_(x, axis0=0, axis1=1),
+    "as_strided_": lambda x: x.as_strided_((2,), (1,)),
+    "resize_as_": lambda x: torch.resize_as_(x, torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_what_is_reshaped_in_place_is_repaired_and_told_by_its_name(name: str) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.linspace(0.5, 1.5, 6).view(2, 3).requires_grad_()
+        out = x.sigmoid()
+        total = out.sum()
+        if writes:
+            with torch.no_grad():
+                RESHAPED[name](out.detach())
+        return x, total
+
+    truth = gradient(program, writes=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(program)
+    guard = torchguard.repair()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert torch.equal(gradient(program, guard), truth)
+    assert len(told) == len(guard.violations)
+    assert {violation.operation for violation in guard.violations} <= {f"{name}()"}
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_the_saved_tensor_itself_is_reshaped(name: str) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = torch.ones(2, 3, requires_grad=True), torch.linspace(1, 2, 6).view(2, 3)
+        out = (x * h).sum()
+        if writes:
+            RESHAPED[name](h)
+        return x, out
+
+    truth = gradient(program, writes=False)
+    guard = torchguard.repair()
+    with pytest.warns(torchguard.SavedTensorCorruptionWarning):
+        assert torch.equal(gradient(program, guard), truth)
+    (violation,) = guard.violations
+    assert violation.operation == f"{name}()"
+    assert violation.written is not None
+    assert violation.written.function == "<lambda>"
+    with torchguard.strict() as silent, pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(program)
+    assert silent.violations == []
+
+
+def test_a_part_of_a_buffer_that_moves_on_is_judged_where_it_lies_now() -> None:
+    """A saved tensor that is pointed at another part of its crowded storage, in a block that puts its version back."""
+    for corrupts in (True, False):
+        with torchguard.Guard("record") as guard:
+            x, flat = leaf(), torch.ones(400)
+            others = [x * flat[3 * i : 3 * i + 3] for i in range(80)]
+            h = flat[300:303]
+            alias = flat.data
+            out = x * h
+            with _preserve((h,)):
+                h.as_strided_((3,), (1,), 360)
+            alias[360 if corrupts else 300] = 5.0
+            (out.sum() + torch.stack(others).sum()).backward()
+        assert bool(guard.violations) is corrupts, corrupts
+
+
+@pytest.mark.parametrize("made", ["tensor", "parameter"])
+@pytest.mark.parametrize("corrupts", [True, False])
+def test_memory_that_a_checkpoint_reads_is_followed_where_it_is_pointed(made: str, corrupts: bool) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.linspace(1, 2, 3)
+        h = nn.Parameter(h) if made == "parameter" else h
+        out = checkpoint(lambda x: (x * h).sin(), x, use_reentrant=False)
+        other = h.detach().clone()
+        if writes:
+            h.data = other
+            if corrupts:
+                other.mul_(2)
+        return x, out
+
+    truth, plain = gradient(program, writes=False), gradient(program)
+    assert torch.equal(plain, truth) is not corrupts
+    guard = torchguard.Guard("record")
+    assert torch.equal(gradient(program, guard), plain)
+    assert len(guard.violations) == corrupts
+    if corrupts:
+        assert guard.violations[0].kind == "recompute"
+
+
+def test_who_pointed_what_a_checkpoint_reads_elsewhere_is_told() -> None:
+    x, h = leaf(), torch.linspace(1, 2, 3)
+    with torchguard.Guard("record") as guard:
+        out = checkpoint(lambda x: (x * h).sin(), x, use_reentrant=False)
+        h.data = torch.zeros(3)
+        out.sum().backward()
+    (violation,) = guard.violations
+    assert (violation.kind, violation.operation) == ("recompute", "x.data = y")
+    assert violation.written is not None
+    assert violation.written.source == "h.data = torch.zeros(3)"
