@@ -1020,3 +1020,22 @@ def test_who_pointed_what_a_checkpoint_reads_elsewhere_is_told() -> None:
     assert (violation.kind, violation.operation) == ("recompute", "x.data = y")
     assert violation.written is not None
     assert violation.written.source == "h.data = torch.zeros(3)"
+
+
+def test_what_is_no_tensor_is_refused_in_the_words_of_pytorch() -> None:
+    def words() -> list[str]:
+        told = []
+        calls: list[Callable[[], object]] = [
+            lambda: torch.Tensor.unsqueeze_(3, 0),  # type: ignore[arg-type]
+            lambda: torch.Tensor.transpose_(None, dim0=0, dim1=1),  # type: ignore[arg-type]
+            lambda: torch.resize_as_(3, the_template=torch.ones(2)),  # type: ignore[arg-type]
+        ]
+        for call in calls:
+            with pytest.raises((TypeError, RuntimeError, AttributeError)) as refused:
+                call()
+            told.append(f"{refused.type} {refused.value}")
+        return told
+
+    plain = words()
+    with torchguard.strict():
+        assert words() == plain

@@ -138,3 +138,14 @@ def test_a_write_to_the_whole_is_judged_against_all_rows(name: str) -> None:
             kept.append(a * buffer[i])
         with pytest.raises(torchguard.SavedTensorCorruptionError):
             WHOLE[name](alias)
+
+
+@pytest.mark.parametrize("corrupts", [True, False])
+def test_an_unseen_write_through_a_new_alias_is_judged_by_the_rows_it_reaches(corrupts: bool) -> None:
+    buffer, a = torch.zeros(ROWS + 1, WIDTH), torch.ones(WIDTH, requires_grad=True)
+    with torchguard.Guard("record") as guard:
+        kept = [a * buffer[i] for i in range(ROWS)]
+        row = buffer.data[3 if corrupts else ROWS]
+        torch.add(row, 1, out=row)
+        torch.stack(kept).sum().backward()
+    assert bool(guard.violations) is corrupts
