@@ -217,7 +217,10 @@ def rebind(tensor: Any, value: Any, frame: Any = None) -> None:
     moves = _may_be_saved(tensor, value) and not (aside and _policy.state.reasons)
     # Pointed at what inference mode made, the tensor keeps its counter, but torch does not move that any more.
     counters = [tensor, _memory.counter_of(tensor)] if moves and value.is_inference() else [tensor]
-    left = _torch.weak_storage(tensor) if moves and not _torch.is_simulated(tensor) else None
+    left = None
+    if moves:
+        with suppress(*_NO_DATA):  # a wrapper of torch.func's has no storage, nor has a sparse tensor
+            left = _torch.weak_storage(tensor)
     _set(tensor, value)
     if moves:
         frame = frame or sys._getframe(1)
@@ -227,7 +230,7 @@ def rebind(tensor: Any, value: Any, frame: Any = None) -> None:
 
 
 def _may_be_saved(tensor: Any, value: Any) -> bool:
-    if not isinstance(tensor, torch.Tensor) or not isinstance(value, torch.Tensor):
+    if not isinstance(tensor, torch.Tensor) or not isinstance(value, torch.Tensor) or _torch.is_simulated(tensor):
         return False
     with _torch.no_torch_function():
         try:
@@ -239,7 +242,7 @@ def _may_be_saved(tensor: Any, value: Any) -> bool:
                 return tensor.shape != value.shape or tensor.dtype != value.dtype
             return not _memory.same_bytes(tensor, value)
         except _NO_DATA:
-            return not _torch.is_simulated(tensor)
+            return True
 
 
 # ---- counters ----------------------------------------------------------------------------------------------
