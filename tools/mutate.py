@@ -68,6 +68,7 @@ TESTS: dict[str, tuple[tuple[str, int], ...]] = {
     "_writers": (("tests/test_writers.py", 1000), (_CATALOGUE, 300), (_KEPT, 100)),
     "_rehearsal": (
         ("tests/test_guard.py", 1000),
+        ("tests/test_writers.py::test_a_rehearsal", 60),
         ("tests/test_distributed.py::test_a_", 1000),
         ("tests/test_transparency_training.py#drawn", 20),
         (f"{_CATALOGUE}#complex", 100),
