@@ -721,6 +721,7 @@ def test_what_a_checkpoint_reads_again_may_be_written_to_in_a_block(nested: bool
     assert {violation.allowed for violation in guard.allowed} == {"inner" if nested else "outer"}
 
 
+@pytest.mark.usefixtures("empty_ledger")
 def test_a_copy_for_an_array_goes_with_it() -> None:
     with torchguard.strict() as guard:
         out = leaf().sigmoid()
