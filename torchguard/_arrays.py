@@ -61,9 +61,9 @@ def note(tensor: torch.Tensor, array: Any) -> None:
         owner = owner.base
     if isinstance(owner.base, torch.Tensor) or not owner.flags.writeable:
         return  # torch's memory, which is watched as such; or nobody's to write to
-    if not (owner.flags.c_contiguous or owner.flags.f_contiguous) or tensor.data_ptr() != _address(array):
+    if not (owner.flags.c_contiguous or owner.flags.f_contiguous) or tensor.data_ptr() != address_of(array):
         return
-    _sources.by_id[id(tensor)] = ref(tensor), Source(array, owner, _address(array) - _address(owner))
+    _sources.by_id[id(tensor)] = ref(tensor), Source(array, owner, address_of(array) - address_of(owner))
 
 
 def source_of(tensor: torch.Tensor) -> Source | None:
@@ -77,8 +77,10 @@ def forget() -> None:
     _sources.by_id.clear()
 
 
-def _address(array: Any) -> int:
-    return int(array.__array_interface__["data"][0])
+def address_of(array: Any) -> int:
+    """Where an array's first element lies; 0 for what is no array."""
+    interface = getattr(array, "__array_interface__", None)
+    return int(interface["data"][0]) if isinstance(interface, dict) else 0
 
 
 def _buffer(owner: Any) -> Any:

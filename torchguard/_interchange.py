@@ -63,14 +63,9 @@ def to_numpy(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[st
     was_open = not isinstance(tensor, torch.Tensor) or _is_open(tensor)
     array = wrapped(*args, **kwargs)
     span = _memory.span_of(tensor) if isinstance(tensor, torch.Tensor) else None
-    if span is not None and _address_of(array) == span.address:  # else it is a copy
+    if span is not None and _arrays.address_of(array) == span.address:  # else it is a copy
         _hand_out(tensor, span, sys._getframe(1), array, was_open)
     return array
-
-
-def _address_of(array: Any) -> int:
-    interface = getattr(array, "__array_interface__", None)
-    return interface["data"][0] if isinstance(interface, dict) else 0
 
 
 # ---- DLPack ------------------------------------------------------------------------------------------------
