@@ -294,7 +294,7 @@ TOLD_IN_TABLES = {
 }
 
 #: Those of the module ``sys``.
-OF_SYS = {"_getframe", "_is_gil_enabled"}
+OF_SYS = {"_current_frames", "_getframe", "_is_gil_enabled"}
 
 #: Other private names of the standard library.
 NOT_OF_TORCH = {

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from torchguard import (
     Guard,
     SavedTensorCorruptionError,
     SavedTensorCorruptionWarning,
+    _ledger,
+    _memory,
     _policy,
     _reads,
     allow,
@@ -28,6 +31,7 @@ from torchguard import (
     warn,
     watch,
 )
+from torchguard._saves import LEDGER
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -711,3 +715,109 @@ def test_what_another_thread_looks_at_is_not_kept_alive_by_that(
 
         _while_another_thread_looks(monkeypatch, body)
     assert len(guard.violations) == corrupts
+
+
+class _Halted:
+    """A thread that does ``work`` and halts before the ``at``-th instruction of ours, in the middle of whatever it does.
+
+    It goes on as soon as anybody waits for it, or ``finish`` is called.
+    """
+
+    def __init__(self, work: Callable[[], object], at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached = False
+        self._left = at
+        self._stopped, self._go_on = threading.Event(), threading.Event()
+        self._work = work
+        monkeypatch.setattr(_ledger.time, "sleep", self._somebody_waits)
+        self._thread = threading.Thread(target=self._run)
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._stopped.wait(10)
+
+    def finish(self) -> None:
+        self._go_on.set()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def _somebody_waits(self, _: float) -> None:
+        self._go_on.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(10)
+
+    def _run(self) -> None:
+        sys.settrace(self._enter)
+        try:
+            self._work()
+        finally:
+            sys.settrace(None)
+            self._stopped.set()
+
+    def _enter(self, frame: Any, event: str, argument: Any) -> Any:
+        if Path(frame.f_code.co_filename).parent != Path(_ledger.__file__).parent:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._step
+
+    def _step(self, frame: Any, event: str, argument: Any) -> Any:
+        if event == "opcode" and not self.reached:
+            self._left -= 1
+            if self._left < 0:
+                self.reached = True
+                self._stopped.set()
+                self._go_on.wait(0.02)  # seconds: it may hold a lock that the other needs
+        return self._step
+
+
+#: What a thread may be doing, with no write of its own, while another is done with its saves, and the share of its
+#: instructions at which it is halted.
+BESIDE: dict[str, tuple[Callable[[torch.Tensor], object], int]] = {
+    "is any alive": (lambda x: LEDGER.any_alive(), 1),
+    "how many are alive": (lambda x: len(LEDGER), 1),
+    "filing": (lambda x: LEDGER.file(), 3),
+    "those of a storage": (lambda x: LEDGER.in_storage(_memory.storage_of(x)), 1),
+    "any of a storage": (lambda x: LEDGER.any_in_storage(_memory.storage_of(x)), 1),
+    "all": (lambda x: LEDGER.all_alive(), 1),
+    "an alias": (lambda x: x.data, 19),
+    "a view that NumPy shares": (lambda x: x.detach().numpy(), 19),
+    "waiting for others": (lambda x: LEDGER.outlast_looks(), 1),
+}
+
+
+def start_in_a_frame_that_holds_saves(other: _Halted, x: torch.Tensor) -> None:
+    """Whoever looks at this thread's frames meanwhile holds them, and so what they hold."""
+    saves = [item() for item in LEDGER.pending] or LEDGER.in_storage(_memory.storage_of(x))
+    other.start()
+    assert len(saves) == 2
+
+
+@pytest.mark.usefixtures("empty_ledger")
+@pytest.mark.parametrize("corrupts", [False, True])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_another_thread_holds_for_a_moment_is_not_kept_alive_by_that(
+    beside: str, corrupts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread can be switched away from between any two instructions."""
+    work, share = BESIDE[beside]
+    alarms: list[int] = []
+    instruction, in_time = 0, True
+    while in_time:
+        x = leaf()
+        with Guard("record") as guard:
+            out = (x * x).sum()
+            if beside != "filing":
+                LEDGER.file()
+            other = _Halted(lambda x=x: work(x), instruction, monkeypatch)  # type: ignore[misc]
+            start_in_a_frame_that_holds_saves(other, x)
+            if corrupts:
+                with torch.no_grad():
+                    x.data.zero_()
+            out.backward()
+            if not corrupts:
+                x.data.zero_()
+            other.finish()
+        in_time = other.reached
+        alarms += [instruction] * len(guard.violations)
+        instruction += share
+    assert instruction > 3 * share
+    assert alarms == (list(range(0, instruction, share)) if corrupts else [])

@@ -303,6 +303,7 @@ class Aliases:
         """Whether a quick look tells that no counter of an alias that reaches a save has moved unseen."""
         return storage not in self.young and all(record.is_quiet for record in self.near(storage, saved))
 
+    @LEDGER.holds_saves
     def sync(self, storage: int, reached: torch.Tensor | None = None, saves: list[Save] | None = None) -> None:
         """Mark the saves that an unseen write may have touched, and expect from now on what is there now.
 

@@ -177,12 +177,12 @@ class _Collector:
         """Pass it on."""
         self._guard.note_unwatched(what)
 
+    @LEDGER.holds_saves
     def judge(self) -> None:
         """The region has been rehearsed: what is known of the saves that it wrote to?"""
-        with LEDGER.looking():
-            for save in LEDGER.all_alive():
-                if save.remarks is not None and save.remarks.taken_by is self:
-                    examine(save)
+        for save in LEDGER.all_alive():
+            if save.remarks is not None and save.remarks.taken_by is self:
+                examine(save)
 
     def answer_in_backward(self, result: Any) -> None:
         """Have the guard answer when backward comes to what the region returned."""

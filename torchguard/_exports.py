@@ -28,7 +28,7 @@ from torchguard._fast import native
 from torchguard._model import Span
 from torchguard._overlap import overlaps
 from torchguard._places import Instruction
-from torchguard._saves import Save
+from torchguard._saves import LEDGER, Save
 from torchguard._torch import ref
 
 _PROOFS_KEPT = 16
@@ -246,6 +246,7 @@ class Exports:
         if len(shared.saves) > 64 and not len(shared.saves) & (len(shared.saves) - 1):
             shared.saves = [hold for hold in shared.saves if hold() is not None]
 
+    @LEDGER.holds_saves
     def settle_dead(self) -> None:
         """Nobody can write any more through what died: a save whose bytes are still there needs no proof."""
         while self.dead:

@@ -172,6 +172,7 @@ class HookedSave(Save):
         )
 
 
+@LEDGER.holds_saves
 def let_go(tensor: torch.Tensor) -> None:
     """Drop the weak holds on a tensor: something asks for one without weak references."""
     for save in LEDGER.in_storage(_memory.storage_of(tensor)):

@@ -23,6 +23,7 @@ from torchguard._writes import saves_near
 Route = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
+@LEDGER.holds_saves
 def _hand_out(tensor: torch.Tensor, span: Span | None, frame: Any, handle: Any, was_open: bool = True) -> None:
     """Code outside torch can write to ``span`` from now on, as long as ``handle`` lives (None: for good)."""
     storage = _memory.storage_of(tensor)
@@ -144,6 +145,7 @@ def from_file(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 # ---- other processes ---------------------------------------------------------------------------------------
 
 
+@LEDGER.holds_saves
 def share(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A storage goes into shared memory, in place: its address changes, and other processes can write to it."""
     result = wrapped(*args, **kwargs)

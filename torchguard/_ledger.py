@@ -8,19 +8,23 @@ operation is flat in the number of live saves. Where many saves lie in one stora
 buffer), a write asks an index of the stretches that they occupy in it, which is drawn on the first such question.
 
 Note [Held by a look]. A save is alive as long as autograd holds it, and that is known by its weak reference. A thread
-that looks at the saves of others (at all of them, where a guard is left or ``allow`` is entered) holds them meanwhile:
-what another thread's backward lets go of then seems to be alive. So whoever finds that a write would hit a save lets go
-of it, waits until the looks of other threads are over, and looks again.
+that looks at the saves of others (at all of them, where a guard is left or ``allow`` is entered; at a few, where it
+takes an alias; at one for a moment, wherever it is switched away from) holds them meanwhile: what another thread's
+backward lets go of then seems to be alive. So whoever finds that a write would hit a save lets go of it, waits until no
+other thread is in the middle of a function that it was in and that holds saves (the ledger's own, and those that are
+marked with ``holds_saves``), and looks again.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from types import CodeType, FrameType
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import ref
 
@@ -34,6 +38,7 @@ class Entry(Protocol):
 
 
 E = TypeVar("E", bound=Entry)
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: First and one past the last byte of an entry's storage, and whether other storages may lie over the same
 #: memory.
@@ -45,6 +50,10 @@ _FEW = 4
 
 #: Seconds to wait for other threads' looks at the most.
 _PATIENCE = 5.0
+
+
+#: Functions of other modules that hold saves; see Note [Held by a look].
+_holders: set[CodeType] = set()
 
 
 class Ledger(Generic[E]):
@@ -72,7 +81,6 @@ class Ledger(Generic[E]):
         self.pending: deque[ref[E]] = deque()
         self.filed = 0  # how many have been taken from ``pending`` so far
         self.filing: list[int] = []  # threads that have a save in their hands that is in neither
-        self._looks: list[tuple[int, object]] = []  # and by which thread: see Note [Held by a look]
         self.groups: dict[int, list[ref[E]]] = {}
         self.foreign: dict[int, Extent] = {}
         self._reach_of = reach_of
@@ -285,27 +293,19 @@ class Ledger(Generic[E]):
             entries = [item() for group in list(self.groups.values()) for item in group]
         return [entry for entry in entries if entry is not None]
 
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Around a look at saves that other threads may be done with meanwhile."""
-        look = (threading.get_ident(), object())
-        self._looks.append(look)
-        try:
-            yield
-        finally:
-            self._looks.remove(look)
+    @staticmethod
+    def holds_saves(function: F) -> F:
+        """Mark a function that holds saves until it returns, while other threads may be done with them."""
+        _holders.add(function.__code__)
+        return function
 
     def outlast_looks(self) -> None:
-        """Wait for the looks that other threads are taking right now. Whoever asks holds no save."""
-        here = threading.get_ident()
-        looks = [look for look in list(self._looks) if look[0] != here]
+        """Wait for what other threads look at right now. Whoever asks holds no save."""
+        frames = _frames_that_hold_saves()
         deadline = time.monotonic() + _PATIENCE
-        while (self._others_file() or any(look in self._looks for look in looks)) and time.monotonic() < deadline:
+        while frames and time.monotonic() < deadline:
             time.sleep(0.0005)  # seconds
-
-    def _others_file(self) -> bool:
-        here = threading.get_ident()
-        return any(thread != here for thread in list(self.filing))
+            frames &= _frames_that_hold_saves()
 
     @property
     def has_foreign(self) -> bool:
@@ -356,6 +356,24 @@ class Ledger(Generic[E]):
                 self._map.add(storage, extent[0], extent[1])
         self._unmapped = set()
 
+
+def _frames_that_hold_saves() -> set[tuple[int, int]]:
+    """The threads, but for this one, that are in the middle of a function that holds saves, and its frame's identity.
+
+    This is such a function: a frame holds what it held until nobody holds the frame.
+    """
+    here = threading.get_ident()
+    found: set[tuple[int, int]] = set()
+    for thread, innermost in sys._current_frames().items():
+        frame: FrameType | None = innermost if thread != here else None
+        while frame is not None and frame.f_code is not _WAITS:  # who waits holds none, and may wait for this one
+            if frame.f_code in _holders or frame.f_code.co_filename == __file__:
+                found.add((thread, id(frame)))
+            frame = frame.f_back
+    return found
+
+
+_WAITS = Ledger.outlast_looks.__code__
 
 #: Calls a weak reference.
 _call: Callable[[ref[Any]], Any] = ref.__call__

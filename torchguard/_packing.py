@@ -336,6 +336,7 @@ def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
         save.tensor = save.tensor.detach()
 
 
+@LEDGER.holds_saves
 def _was_saved_as_output(save: Save, node: type) -> bool:
     """Whether what is saved has been saved before, unchanged, as an output of such a node."""
     return any(

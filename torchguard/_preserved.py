@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torchguard import _memory, _places, _torch
 from torchguard._aliases import ALIASES
-from torchguard._saves import Save
+from torchguard._saves import LEDGER, Save
 from torchguard._writes import PRESERVES, allow_if_intended, preserving, saves_near
 
 #: FSDP2 frees memory that is saved and fills it again, in such a block, before backward reads it: what is there on
@@ -23,6 +23,7 @@ _REFILLS = ("torch/distributed/fsdp/", "torch\\distributed\\fsdp\\")
 _copied: WeakKeyDictionary[Any, list[ref[Save]]] = WeakKeyDictionary()
 
 
+@LEDGER.holds_saves
 def begin(original: Any, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``__init__``, which takes down the versions, and ``__enter__``, for a block that was made before the guard."""
     result = original(*args, **kwargs)

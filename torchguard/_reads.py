@@ -172,6 +172,7 @@ def _node_that_wrote(save: Save) -> str | None:
         return str(tensor.grad_fn.name())
 
 
+@LEDGER.holds_saves
 def let_go(tensor: torch.Tensor) -> None:
     """Drop the weak holds on a view that was written in place: something asks for one without weak references."""
     for save in LEDGER.in_storage(_memory.storage_of(tensor)):
@@ -301,13 +302,9 @@ def examine_stashed(save: Save) -> torch.Tensor | None:
     return healed
 
 
+@LEDGER.holds_saves
 def look_for_unseen_writes(leaving: bool = False) -> None:
     """Ask every watched counter now. On leaving an ``allow`` block, what moved in it is allowed."""
-    with LEDGER.looking():
-        _look_for_unseen_writes(leaving)
-
-
-def _look_for_unseen_writes(leaving: bool) -> None:
     _look_at_exports()
     for storage in list(ALIASES.by_storage) + list(ALIASES.young):
         saves = LEDGER.in_storage(storage)
@@ -351,14 +348,10 @@ def _is_kept_anyway(save: Save) -> bool:
     return remarks is not None and save.checked and (remarks.stashed or (remarks.audited and remarks.writer is None))
 
 
+@LEDGER.holds_saves
 def leave_to(guard: _policy.Respondent) -> None:
     """``guard``, the last one, is being left: it answers for what was written under it and is read afterwards."""
     look_for_unseen_writes()
-    with LEDGER.looking():
-        _leave_to(guard)
-
-
-def _leave_to(guard: _policy.Respondent) -> None:
     for save in LEDGER.all_alive():
         if save.tracked or ((_is_rebound(save) or _may_differ(save.remarks)) and not save.is_intact):
             save.remark().guard = guard

@@ -239,6 +239,7 @@ def let_go(tensors: Iterable[torch.Tensor], operation: str) -> Iterator[None]:
             entry.hold(tensor)
 
 
+@LEDGER.holds_saves
 def rereads_of(tensor: torch.Tensor) -> list[Reread]:
     """The entries of this very tensor."""
     storage = _memory.storage_of(tensor)

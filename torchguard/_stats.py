@@ -94,6 +94,7 @@ def _now() -> tuple[int, ...]:
     return saves, COUNTS.writes, COUNTS.aliases, COUNTS.exports, COUNTS.copies, COUNTS.nanoseconds
 
 
+@LEDGER.holds_saves
 def _present() -> tuple[int, int]:
     """How many saves are alive, and how many bytes of copies they hold.
 

@@ -67,6 +67,7 @@ class Hit:
     elements: int = 0
 
 
+@LEDGER.holds_saves
 def saves_near(tensor: torch.Tensor, storage: int, touched: bool = False) -> list[Save]:
     """Live saves in the tensor's storage, and those that lie over its memory in another one.
 
@@ -112,12 +113,6 @@ def _carry_out(writer: Writer, call: Callable[..., Any], args: Sequence[Any], kw
     seen: list[Expecting] = []
     with _torch.no_torch_function():
         look(writer, args, kwargs, watched, hits, seen)
-        if hits and threading.active_count() > 1:  # see Note [Held by a look]
-            hits.clear()
-            seen.clear()
-            watched.clear()
-            LEDGER.outlast_looks()
-            look(writer, args, kwargs, watched, hits, seen)
     if hits and writer.keeps_statistics:
         proven = [_Proven(hit.save) for hit in hits]
         hits.clear()
@@ -166,6 +161,7 @@ def _note_thread() -> None:
         _policy.note_unwatched(f"tensors saved in thread {name!r}, which was there before the guard (writes are seen)")
 
 
+@LEDGER.holds_saves
 def prove(tensors: Sequence[torch.Tensor]) -> None:
     """Keep copies of what is saved in the memory of these tensors: the bytes decide, whoever writes."""
     for tensor in tensors:
@@ -220,6 +216,25 @@ def look(
     """Find the storages whose aliases' counters will move, the saves that a silent write would hit, and those whose
     version PyTorch does not check and that therefore is to be expected to move.
     """
+    alone = threading.active_count() == 1  # asked first: another may come to its end meanwhile
+    _look(writer, args, kwargs, watched, hits, seen)
+    if hits and not alone:  # see Note [Held by a look]
+        hits.clear()
+        seen.clear()
+        watched.clear()
+        LEDGER.outlast_looks()
+        _look(writer, args, kwargs, watched, hits, seen)
+
+
+@LEDGER.holds_saves
+def _look(
+    writer: Writer,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    watched: Watched,
+    hits: list[Hit],
+    seen: list[Expecting],
+) -> None:
     targets = [(target, False) for target in writer.targets(args, kwargs) if not _lies_where_nothing_is_saved(target)]
     if not targets:
         return
@@ -277,7 +292,7 @@ def look(
             elif repairs:
                 undecided.append((save, "tracked", writer.title))
     if undecided:
-        here = _places.user_instruction(sys._getframe(2))
+        here = _places.user_instruction(sys._getframe(3))
         with one_copy_each():
             for save, kind, title in undecided:
                 save.let_bytes_decide(kind, title, here)
@@ -499,8 +514,9 @@ def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, va
     if value is tensor:  # Module.to(), where there is nothing to move
         setter(tensor, value)
         return
+    alone = threading.active_count() == 1  # asked first: another may come to its end meanwhile
     saves = saves_of(tensor)
-    if saves and threading.active_count() > 1:  # see Note [Held by a look]
+    if saves and not alone:  # see Note [Held by a look]
         saves.clear()
         LEDGER.outlast_looks()
         saves = saves_of(tensor)
@@ -583,6 +599,7 @@ def reaching_elsewhere(tensor: torch.Tensor) -> Iterator[None]:
             ALIASES.lies_elsewhere(storage, tensor)
 
 
+@LEDGER.holds_saves
 def keep_before_reshaping(tensor: torch.Tensor, name: str) -> None:
     """Keep what is saved of a tensor that is about to be reshaped in place, if somebody repairs."""
     if _policy.repairer() is None or not LEDGER.any_alive():
@@ -594,6 +611,7 @@ def keep_before_reshaping(tensor: torch.Tensor, name: str) -> None:
                 save.let_bytes_decide("tracked", f"{name}()", here)
 
 
+@LEDGER.holds_saves
 def saves_of(tensor: torch.Tensor) -> list[Save]:
     """The live saves that hold this very tensor."""
     storage = _memory.storage_of(tensor)
@@ -672,6 +690,7 @@ def _same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 # ---- aliases -----------------------------------------------------------------------------------------------
 
 
+@LEDGER.holds_saves
 def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int | None = None, lent: bool = False) -> None:
     """Take down an alias with a counter of its own (but if it is lent); watch it at once where a live save needs it."""
     storage = _memory.storage_of(alias)
