@@ -10,9 +10,10 @@ buffer), a write asks an index of the stretches that they occupy in it, which is
 Note [Held by a look]. A save is alive as long as autograd holds it, and that is known by its weak reference. A thread
 that looks at the saves of others (at all of them, where a guard is left or ``allow`` is entered; at a few, where it
 takes an alias; at one for a moment, wherever it is switched away from) holds them meanwhile: what another thread's
-backward lets go of then seems to be alive. So whoever finds that a write would hit a save lets go of it, waits until no
-other thread is in the middle of a function that it was in and that holds saves (the ledger's own, and those that are
-marked with ``holds_saves``), and looks again.
+backward lets go of then seems to be alive. So whoever finds that a write would hit a save lets go of it, waits for a
+moment at which no other thread is in the middle of a function that holds saves (the ledger's own, and those that are
+marked with ``holds_saves``), and looks again. (To wait for those that were in one is not enough: another may have taken
+the save up from them.)
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _SLACK = 1024
 _LARGE = 64
 _FEW = 4
 
-#: Seconds to wait for other threads' looks at the most.
+#: Seconds to wait for other threads at the most.
 _PATIENCE = 5.0
 
 
@@ -300,12 +301,10 @@ class Ledger(Generic[E]):
         return function
 
     def outlast_looks(self) -> None:
-        """Wait for what other threads look at right now. Whoever asks holds no save."""
-        frames = _frames_that_hold_saves()
+        """Wait for a moment at which no other thread holds a save. Whoever asks holds none."""
         deadline = time.monotonic() + _PATIENCE
-        while frames and time.monotonic() < deadline:
+        while _others_hold_saves() and time.monotonic() < deadline:
             time.sleep(0.0005)  # seconds
-            frames &= _frames_that_hold_saves()
 
     @property
     def has_foreign(self) -> bool:
@@ -357,20 +356,19 @@ class Ledger(Generic[E]):
         self._unmapped = set()
 
 
-def _frames_that_hold_saves() -> set[tuple[int, int]]:
-    """The threads, but for this one, that are in the middle of a function that holds saves, and its frame's identity.
+def _others_hold_saves() -> bool:
+    """Whether another thread is in the middle of a function that holds saves.
 
     This is such a function: a frame holds what it held until nobody holds the frame.
     """
     here = threading.get_ident()
-    found: set[tuple[int, int]] = set()
     for thread, innermost in sys._current_frames().items():
         frame: FrameType | None = innermost if thread != here else None
         while frame is not None and frame.f_code is not _WAITS:  # who waits holds none, and may wait for this one
             if frame.f_code in _holders or frame.f_code.co_filename == __file__:
-                found.add((thread, id(frame)))
+                return True
             frame = frame.f_back
-    return found
+    return False
 
 
 _WAITS = Ledger.outlast_looks.__code__
