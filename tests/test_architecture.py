@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +377,35 @@ def test_private_names_of_our_own_modules_stay_in_them(name: str) -> None:
             ]
             found += [f"line {node.lineno}: {inner}" for inner in inside if is_private(inner)]
     assert found == []
+
+
+#: What hands out saves, maybe those of another thread.
+HANDS_OUT_SAVES = {
+    *("LEDGER.in_storage", "LEDGER.near", "LEDGER.all_alive", "LEDGER.across_storages"),
+    *("saves_near", "saves_of", "detached_in_place", "rereads_of", "_latest", "alive"),
+}
+
+#: These hold them beyond their own frame, and who calls them answers for that.
+HOLD_LONGER = {"_exports.saves", "_rereads.let_go"}
+
+
+def unmarked_holders(module: str, tree: ast.AST) -> Iterator[str]:
+    """Functions that are handed saves, and are not marked with ``holds_saves``."""
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        called = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+        asked = called & (HANDS_OUT_SAVES | {f"_writes.{name}" for name in HANDS_OUT_SAVES})
+        if asked and not any(ast.unparse(one).endswith(".holds_saves") for one in function.decorator_list):
+            yield f"{module}.{function.name}"
+
+
+def test_whoever_holds_saves_says_so() -> None:
+    """Or another thread takes them for alive: see Note [Held by a look] in ``_ledger``."""
+    found = {name for module in MODULES if module != "_ledger" for name in unmarked_holders(module, TREES[module])}
+    assert found == HOLD_LONGER
+    assert list(unmarked_holders("m", ast.parse("def f(x):\n return _writes.saves_of(x)"))) == ["m.f"]
+    assert not list(unmarked_holders("m", ast.parse("@LEDGER.holds_saves\ndef f(x):\n return saves_of(x)")))
 
 
 def test_files_that_are_named_in_texts_are_there() -> None:

@@ -90,10 +90,12 @@ def one_round(chance: random.Random, expected: float) -> list[str]:
         route, spoke = chance.randrange(ROUTES + 1), False
         with guard:
             if chance.random() < 0.3:
-                with torchguard.warn():
+                with torchguard.warn() as inner:
                     train(None)
+                wrong += [f"a false alarm of warn(): {found}" for found in inner.violations]
             if train(guard) != expected:
                 wrong.append("training came to something else")
+            wrong += [f"a false alarm in training under {guard!r}: {found}" for found in guard.violations]
             try:
                 if route < ROUTES:
                     corrupt(route)

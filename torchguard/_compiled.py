@@ -196,14 +196,19 @@ class _Collector:
             node.register_prehook(answer)
 
 
+@LEDGER.holds_saves
+def _let_bytes_decide(written: list[torch.Tensor], here: _places.Instruction) -> None:
+    for tensor in written:
+        for save in saves_near(tensor, _memory.storage_of(tensor)):
+            save.let_bytes_decide("write", "a region under torch.compile", here)
+
+
 def _rehearse(module: Any, args: tuple[Any, ...], collector: _Collector | None) -> None:
     given = [value for value in args if isinstance(value, torch.Tensor)]
     here = _places.user_instruction(sys._getframe(2))
     with _torch.no_torch_function():
         # What it writes to from outside, hidden from autograd, may be somebody else's save.
-        for tensor in given:
-            for save in saves_near(tensor, _memory.storage_of(tensor)):
-                save.let_bytes_decide("write", "a region under torch.compile", here)
+        _let_bytes_decide(given, here)
     if not torch.is_grad_enabled():
         return
     if _torch.has_unknown_operators(module):

@@ -497,6 +497,7 @@ def _verdict_on(save: HookedSave, read: Any) -> Exception | torch.Tensor | None:
     return None
 
 
+@LEDGER.holds_saves
 def _is_repeated(save: HookedSave, read: torch.Tensor) -> bool:
     """Whether a checkpoint's function, run again, has written once more over what it saved.
 

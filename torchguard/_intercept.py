@@ -376,6 +376,7 @@ def _part_setter(name: str) -> Callable[[torch.Tensor, Any], None]:
     return set_part
 
 
+@LEDGER.holds_saves
 def _detach_in_place(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor = instance if isinstance(instance, torch.Tensor) else (args[0] if args else None)
     saves = _writes.detached_in_place(tensor) if isinstance(tensor, torch.Tensor) else []
@@ -386,6 +387,7 @@ def _detach_in_place(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
     return result
 
 
+@LEDGER.holds_saves
 def _swap_tensors(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.utils.swap_tensors`` refuses tensors that have weak references, or that autograd holds.
 

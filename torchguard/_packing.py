@@ -295,6 +295,7 @@ def _is_output_after_all(save: Save, grad_fn: Any, number: int) -> bool:
     return _torch.made_last(grad_fn, number - 1 if save.version and _copied_itself(save) else number)
 
 
+@LEDGER.holds_saves
 def _copied_itself(save: Save) -> bool:
     """Whether what is saving saved a copy of what it was about to write over: the copy has a node, too."""
     for item in _latest(1):
@@ -309,6 +310,7 @@ def _copied_itself(save: Save) -> bool:
     return False
 
 
+@LEDGER.holds_saves
 def _mend_foreach(node: type, number: int, code: CodeType | None) -> None:
     """A ``_foreach_`` operator makes all its nodes before it saves: only its last output was told as one.
 

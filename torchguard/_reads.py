@@ -319,6 +319,7 @@ def look_for_unseen_writes(leaving: bool = False) -> None:
                     _examine(save)  # inside the block, so it is recorded as allowed
 
 
+@LEDGER.holds_saves
 def _look_at_exports() -> None:
     """Compare what code outside torch can write to. What changed in an ``allow`` block is allowed, and recorded.
 

@@ -329,6 +329,7 @@ class Save(Fields):
         with _torch.hidden():
             return found is None or bool(torch.equal(found, expected))
 
+    @Ledger.holds_saves
     def follow(self) -> None:
         """The tensor that was saved may lie elsewhere now."""
         if self.node is None:

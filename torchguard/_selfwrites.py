@@ -90,6 +90,7 @@ def own_reads(writer: Writer, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return found
 
 
+@LEDGER.holds_saves
 def carry_out(writer: Writer, call: Callable[[], Any], reads: list[_Read]) -> Any:
     """Make the call (which is judged by ``call``); where it has saved what it has changed, backward will speak."""
     with _torch.hidden():

@@ -248,6 +248,7 @@ def _may_be_saved(tensor: Any, value: Any) -> bool:
 # ---- counters ----------------------------------------------------------------------------------------------
 
 
+@LEDGER.holds_saves
 def move(tensors: Iterable[torch.Tensor]) -> None:
     """Move the version counters of tensors that have been written to.
 

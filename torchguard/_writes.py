@@ -502,6 +502,7 @@ def _address(target: torch.Tensor) -> int:
 # ---- x.data = y --------------------------------------------------------------------------------------------
 
 
+@LEDGER.holds_saves
 def rebind(setter: Callable[[torch.Tensor, Any], None], tensor: torch.Tensor, value: Any) -> None:
     """Judge ``tensor.data = value``, and do it.
 
@@ -711,6 +712,7 @@ def enter_alias(alias: torch.Tensor, here: _places.Instruction, version: int | N
             save.keep_small_proof(PROOF_BYTES_AT_ALIAS)
 
 
+@LEDGER.holds_saves
 def detached_in_place(tensor: torch.Tensor) -> list[Save]:
     """The saves that hold ``tensor`` as a non-leaf input: detached in place, PyTorch refuses them."""
     return [] if tensor.is_leaf else [save for save in saves_of(tensor) if save.checked]
