@@ -396,6 +396,7 @@ def unmarked_holders(module: str, tree: ast.AST) -> Iterator[str]:
             continue
         called = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
         asked = called & (HANDS_OUT_SAVES | {f"_writes.{name}" for name in HANDS_OUT_SAVES})
+        asked |= {name for name in called if "pending[" in name}
         if asked and not any(ast.unparse(one).endswith(".holds_saves") for one in function.decorator_list):
             yield f"{module}.{function.name}"
 
@@ -405,6 +406,7 @@ def test_whoever_holds_saves_says_so() -> None:
     found = {name for module in MODULES if module != "_ledger" for name in unmarked_holders(module, TREES[module])}
     assert found == HOLD_LONGER
     assert list(unmarked_holders("m", ast.parse("def f(x):\n return _writes.saves_of(x)"))) == ["m.f"]
+    assert list(unmarked_holders("m", ast.parse("def f():\n return pending[-1]()"))) == ["m.f"]
     assert not list(unmarked_holders("m", ast.parse("@LEDGER.holds_saves\ndef f(x):\n return saves_of(x)")))
 
 

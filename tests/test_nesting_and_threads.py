@@ -28,6 +28,7 @@ from torchguard import (
     _packing,
     _policy,
     _reads,
+    _torch,
     allow,
     strict,
     warn,
@@ -771,6 +772,13 @@ class _Halted:
         return self._step
 
 
+def save_and_audit() -> None:
+    pack = _packing.make_pack(audits=True)
+    with _torch.without_hooks():
+        y = leaf().exp()
+    pack(y)
+
+
 #: What a thread may be doing, with no write of its own, while another is done with its saves, and the share of its
 #: instructions at which it is halted.
 BESIDE: dict[str, tuple[Callable[[torch.Tensor], object], int]] = {
@@ -782,10 +790,15 @@ BESIDE: dict[str, tuple[Callable[[torch.Tensor], object], int]] = {
     "all": (lambda x: LEDGER.all_alive(), 1),
     "an alias": (lambda x: x.data, 19),
     "a view that NumPy shares": (lambda x: x.detach().numpy(), 19),
+    "a save that is audited": (lambda x: save_and_audit(), 3),
     "what was saved last": (lambda x: _packing._copied_itself(SimpleNamespace(version=1)), 1),  # type: ignore[arg-type]
     "what one instruction saved": (lambda x: _packing._mend_foreach(type(None), 0, None), 1),
     "waiting for others": (lambda x: LEDGER.outlast_looks(), 1),
 }
+
+
+#: These are about saves that nobody has filed yet.
+NOT_FILED = {"filing", "a save that is audited", "what was saved last", "what one instruction saved"}
 
 
 def start_in_a_frame_that_holds_saves(other: _Halted, x: torch.Tensor) -> None:
@@ -809,7 +822,7 @@ def test_what_another_thread_holds_for_a_moment_is_not_kept_alive_by_that(
         x = leaf()
         with Guard("record") as guard:
             out = (x * x).sum()
-            if beside not in ("filing", "what was saved last", "what one instruction saved"):
+            if beside not in NOT_FILED:
                 LEDGER.file()
             other = _Halted(lambda x=x: work(x), instruction, monkeypatch)  # type: ignore[misc]
             start_in_a_frame_that_holds_saves(other, x)

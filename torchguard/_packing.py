@@ -63,6 +63,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
     storage_id = _torch.storage_id
     next_number = _torch.next_sequence_number
     output_after_all = _is_output_after_all
+    look_back = _look_back
     node_type, generic_node = _torch.node_type, _torch.GENERIC_NODE
     inside_library = _places.inside_library
     user_instruction = _places.user_instruction
@@ -162,12 +163,7 @@ def make_pack(exotic: bool = False, audits: bool = False) -> Callable[[torch.Ten
             save.tensor = tensor.detach()
             if node is view_node:
                 save.remark().view = ref(tensor)
-            try:
-                before = pending[-1]()
-            except IndexError:
-                before = None
-            if before is not None and before.node is None and before.inner_offset == save.inner_offset:
-                _mend_foreach(node, made, save.inner_code)
+            look_back(save, node, made)
         else:
             save.node = node = None
             save.output = 0
@@ -308,6 +304,17 @@ def _copied_itself(save: Save) -> bool:
             and before.inner_offset == save.inner_offset
         )
     return False
+
+
+@LEDGER.holds_saves
+def _look_back(save: Save, node: type, number: int) -> None:
+    """A ``_foreach_`` operator makes all its nodes before it saves: what was saved before may be an output, too."""
+    try:
+        before = LEDGER.pending[-1]()
+    except IndexError:
+        return
+    if before is not None and before.node is None and before.inner_offset == save.inner_offset:
+        _mend_foreach(node, number, save.inner_code)
 
 
 @LEDGER.holds_saves
