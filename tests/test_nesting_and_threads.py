@@ -793,7 +793,7 @@ BESIDE: dict[str, tuple[Callable[[torch.Tensor], object], int]] = {
     "a save that is audited": (lambda x: save_and_audit(), 3),
     "what was saved last": (lambda x: _packing._copied_itself(SimpleNamespace(version=1)), 1),  # type: ignore[arg-type]
     "what one instruction saved": (lambda x: _packing._mend_foreach(type(None), 0, None), 1),
-    "waiting for others": (lambda x: LEDGER.outlast_looks(), 1),
+    "waiting for others": (lambda x: LEDGER.outlast_looks(), 3),
 }
 
 
