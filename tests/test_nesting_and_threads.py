@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -838,3 +840,23 @@ def test_what_another_thread_holds_for_a_moment_is_not_kept_alive_by_that(
         instruction += share
     assert instruction > 3 * share
     assert alarms == (list(range(0, instruction, share)) if corrupts else [])
+
+
+def test_who_waits_for_others_keeps_nothing_alive() -> None:
+    """To look at frames is to hold them: one that held itself would be a cycle, with all that called it."""
+    go_on = threading.Event()
+    other = threading.Thread(target=go_on.wait)
+    other.start()
+
+    def look() -> weakref.ref[torch.Tensor]:
+        x = leaf()
+        LEDGER.outlast_looks()
+        return weakref.ref(x)
+
+    gc.disable()
+    try:
+        assert look()() is None
+    finally:
+        gc.enable()
+        go_on.set()
+        other.join(10)

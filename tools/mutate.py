@@ -43,7 +43,7 @@ _CATALOGUE = "tests/test_catalogue.py::test_the_guard_does_with_the_program_what
 _KEPT = "tests/test_generated.py::test_what_was_once_wrong_is_right"
 
 #: What runs in a process that would not see the mutant, or takes long and says little.
-_LEFT_OUT = ("subprocess", "command_line", "soak", "leak")
+_LEFT_OUT = ("subprocess", "command_line", "soak", "leak", "for_a_moment")
 
 #: A test that takes longer than so many seconds to fail is not asked first.
 _SLOW = 5

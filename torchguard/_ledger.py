@@ -361,9 +361,10 @@ def _others_hold_saves() -> bool:
 
     This is such a function: a frame holds what it held until nobody holds the frame.
     """
-    here = threading.get_ident()
-    for thread, innermost in sys._current_frames().items():
-        frame: FrameType | None = innermost if thread != here else None
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident(), None)  # a frame that holds itself would be a cycle, and hold all above
+    for innermost in frames.values():
+        frame: FrameType | None = innermost
         while frame is not None and frame.f_code is not _WAITS:  # who waits holds none, and may wait for this one
             if frame.f_code in _holders or frame.f_code.co_filename == __file__:
                 return True
