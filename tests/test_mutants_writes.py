@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
@@ -635,6 +636,7 @@ def test_what_is_inside_a_saved_wrapper_is_written_to(route: Any, at: Any) -> No
         assert torch.equal(gradient_of(True), plain)
     (violation,) = guard.violations
     assert (violation.kind, violation.operation, violation.caught) == ("wrapped", "mul_()", "read")
+    assert source(violation.written) == "route(inside).mul_(2)"
 
 
 # ---- other processes and threads ----------------------------------------------------------------------------------
@@ -1046,3 +1048,132 @@ def test_what_is_no_tensor_is_refused_in_the_words_of_pytorch() -> None:
     plain = words()
     with torchguard.strict():
         assert words() == plain
+
+
+@pytest.mark.usefixtures("empty_ledger")
+@pytest.mark.parametrize("where", ["owner", "over it", "itself"])
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_save_over_memory_that_torch_does_not_know_to_be_shared_is_hit_once(where: str, writes: bool) -> None:
+    """One of two storages over the same memory says that it is not torch's own, the other does not."""
+    owner = torch.ones(4)
+
+    def program(write: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        owner.fill_(1)
+        over = torch.frombuffer((ctypes.c_float * 4).from_address(owner.data_ptr()), dtype=torch.float32)
+        x = leaf(4)
+        saved, written = {"owner": (owner, over), "over it": (over, owner), "itself": (over, over.data)}[where]
+        out = x * saved
+        if write:
+            written.mul_(3)
+        return x, out
+
+    truth = gradient(program, writes=False)
+    guard = torchguard.Guard("record")
+    found = gradient(program, guard, writes=writes)
+    assert torch.equal(found, truth) is not writes
+    assert [(violation.caught, violation.times) for violation in guard.violations] == [("write", 1)] * writes
+
+
+def test_what_a_call_that_keeps_statistics_leaves_as_it_is_keeps_the_proof_that_it_had() -> None:
+    """An array that others write to, unseen: the bytes alone tell."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, norm = leaf(12), nn.BatchNorm1d(3, momentum=0.0).eval()
+        out = norm(x.view(4, 3)).square()
+        array = norm.running_var.detach().numpy()  # type: ignore[union-attr, operator]
+        norm.train()
+        norm(BATCH)
+        if writes:
+            array[:] = 5
+        return x, out
+
+    assert told(program).caught == "read"
+
+
+def test_what_lies_inside_a_wrapper_is_saved_itself() -> None:
+    """What is written to the wrapper does not move the version of what is inside."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, inside = leaf(), torch.ones(3)
+        box = Boxed(inside)
+        out = x * inside
+        if writes:
+            box.mul_(2)
+        return x, out
+
+    assert told(program).operation == "mul_()"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_a_target_without_memory_comes_before_one_that_is_saved() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        empty = torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), (3,))
+        out = x * h
+        if writes:
+            torch._foreach_mul_([empty, h.data], 2.0)
+        return x, out
+
+    assert told(program).operation == "_foreach_mul_()"
+
+
+def test_statistics_that_a_checkpoint_reads_again_are_written_to() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, norm = leaf(12), nn.BatchNorm1d(3).eval()
+        out = checkpoint(lambda x: norm(x.view(4, 3)).square(), x, use_reentrant=False)
+        if writes:
+            norm.train()
+            norm(BATCH)
+            norm.eval()
+        return x, out
+
+    violation = told(program)
+    assert (violation.kind, violation.operation) == ("recompute", "batch_norm()")
+
+
+@pytest.mark.filterwarnings("ignore::torchguard.SavedTensorCorruptionWarning")
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_call_that_moves_one_version_of_two_is_repaired(keyword: bool) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, scale, tracker, found = leaf(1), torch.full((1,), 4.0), torch.zeros(1, dtype=torch.int32), torch.ones(1)
+        out = x * scale
+        if writes and keyword:
+            torch._amp_update_scale_(
+                input=scale,
+                growth_tracker=tracker,
+                found_inf=found,
+                scale_growth_factor=2.0,
+                scale_backoff_factor=0.5,
+                growth_interval=10,
+            )
+        elif writes:
+            torch._amp_update_scale_(scale, tracker, found, 2.0, 0.5, 10)
+        return x, out
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(program)
+    assert torch.equal(gradient(program, torchguard.Guard("repair")), gradient(program, writes=False))
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_call_that_moves_one_version_of_two_and_writes_to_what_is_saved_of_both(keyword: bool) -> None:
+    """PyTorch refuses the one; the other is silently overwritten."""
+
+    def program(scale: torch.Tensor, tracker: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        found = torch.ones(1)
+        out = nn.functional.embedding(tracker, weight) * (scale if keyword else 1)
+        torch._amp_update_scale_(scale, tracker, found, 2.0, 0.5, 10)
+        return out.sum()
+
+    def outcome(guard: AbstractContextManager[Any]) -> str:
+        weight = leaf(6).detach().view(3, 2).requires_grad_()
+        with guard:
+            try:
+                program(torch.full((1,), 4.0), torch.ones(1, dtype=torch.int32), weight).backward()
+            except RuntimeError as error:
+                return str(error)
+        return str(weight.grad)
+
+    guard = torchguard.Guard("record")
+    assert outcome(guard) == outcome(nullcontext())
+    assert [violation.operation for violation in guard.violations] == ["_amp_update_scale_()"]
