@@ -1177,3 +1177,100 @@ def test_a_call_that_moves_one_version_of_two_and_writes_to_what_is_saved_of_bot
     guard = torchguard.Guard("record")
     assert outcome(guard) == outcome(nullcontext())
     assert [violation.operation for violation in guard.violations] == ["_amp_update_scale_()"]
+
+
+# ---- what is pointed elsewhere, or reaches elsewhere --------------------------------------------------------------
+
+
+def test_what_was_written_unseen_was_written_where_the_alias_reached_then() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(), torch.ones(6)
+        out = x * flat[:3]
+        alias = flat.data[:3]
+        if writes:
+            torch.zeros(3, out=alias)
+        alias.as_strided_((3,), (1,), 3)
+        return x, out
+
+    told(program)
+
+
+def test_a_leaf_that_is_detached_in_place_is_not_refused() -> None:
+    def program(_: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, w = leaf(), leaf()
+        out = x * w
+        w.detach_()
+        return x, out
+
+    quiet(program)
+
+
+def test_an_alias_that_is_pointed_elsewhere_writes_to_nothing_that_is_saved() -> None:
+    """No bytes are kept of so large a save: the alias's counter alone would be held against it."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(LARGE), torch.ones(LARGE)
+        out = x * h
+        alias = h.data
+        alias.data = torch.zeros(LARGE)
+        if writes:
+            torch.ones(LARGE, out=alias)
+        return x, out
+
+    quiet(program)
+
+
+@pytest.mark.parametrize("at", [None, "read"])
+def test_the_last_write_to_what_was_pointed_at_the_same_bytes_is_named(at: Any) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        h.data.mul_(1)
+        h.data = h.detach().clone()
+        if writes:
+            h.data.mul_(2)  # the last
+        return x, out
+
+    assert (source(told(program, torchguard.Guard("record", at=at)).written) or "").endswith("# the last")
+
+
+@pytest.mark.parametrize("at", [None, "read"])
+def test_memory_that_a_saved_tensor_is_pointed_at_is_written_through_an_older_alias(at: Any) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        memory = torch.ones(3)
+        alias = memory.data
+        out = x * h
+        h.data = memory
+        if writes:
+            torch.zeros(3, out=alias)
+        return x, out
+
+    told(program, torchguard.Guard("record", at=at))
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, 2, dtype=torch.int64), torch.ones(3, 3).to_sparse(), "text"])
+@pytest.mark.parametrize("at", [None, "read"])
+def test_a_refused_value_changes_nothing(value: Any, at: Any) -> None:
+    x, h = leaf(), leaf()
+    with torchguard.Guard("record", at=at) as guard:
+        out = x * h
+        with pytest.raises((RuntimeError, TypeError)):
+            h.data = value
+        out.sum().backward()
+    assert guard.violations == []
+    assert x.grad is not None
+    assert torch.equal(x.grad, leaf().detach())
+
+
+def test_a_tensor_that_is_pointed_elsewhere_beside_one_whose_unpack_is_the_programs() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(), torch.ones(6)
+        first, second = flat[:3], flat[3:]
+        with hooked():
+            out = x * first
+        if writes:
+            second.data = torch.zeros(3)
+        return x, out
+
+    quiet(program)
