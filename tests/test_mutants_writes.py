@@ -1274,3 +1274,120 @@ def test_a_tensor_that_is_pointed_elsewhere_beside_one_whose_unpack_is_the_progr
         return x, out
 
     quiet(program)
+
+
+def test_a_large_save_that_an_alias_wrote_to_unseen_before_it_moved_on() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(LARGE), torch.ones(2 * LARGE)
+        out = x * flat[:LARGE]
+        alias = flat.data[:LARGE]
+        if writes:
+            torch.zeros(LARGE, out=alias)
+        alias.as_strided_((LARGE,), (1,), LARGE)
+        return x, out
+
+    told(program)
+
+
+def refused(program: Callable[[], torch.Tensor], guard: AbstractContextManager[Any]) -> str:
+    """In which words PyTorch refuses to go on."""
+    with guard, pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        program().sum().backward()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("write", [lambda h: h.add_(1).data.mul_(2), lambda h: h.t_()], ids=["twice", "reshaped"])
+def test_what_pytorch_refuses_already_is_not_told(write: Callable[[torch.Tensor], object]) -> None:
+    def program() -> torch.Tensor:
+        x, h = leaf(4).detach().view(2, 2).requires_grad_(), torch.ones(2, 2)
+        out = x * h
+        write(h)
+        return out
+
+    guard = torchguard.Guard("record")
+    assert refused(program, guard) == refused(program, nullcontext())
+    assert guard.violations == []
+
+
+def test_an_uncounted_write_of_gradchecks_is_told_as_one() -> None:
+    space: dict[str, Any] = {}
+    code = "def perturb(tensor):\n    tensor.untyped_storage().fill_(0)\n"
+    exec(compile(code, "elsewhere/torch/autograd/gradcheck.py", "exec"), space)
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x = leaf()
+        out = x.sigmoid()
+        if writes:
+            space["perturb"](out)
+        return x, out
+
+    assert told(program).kind == "uncounted"
+
+
+def test_what_gradcheck_points_elsewhere_and_back_is_no_violation() -> None:
+    space: dict[str, Any] = {}
+    code = "def perturb(tensor, other):\n    kept = tensor.data\n    tensor.data = other\n    tensor.data = kept\n"
+    exec(compile(code, "elsewhere/torch/autograd/gradcheck.py", "exec"), space)
+
+    def program(_: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        space["perturb"](h, torch.zeros(3))
+        return x, out
+
+    quiet(program)
+
+
+def test_what_fsdp_points_elsewhere_and_back_is_no_violation() -> None:
+    space: dict[str, Any] = {}
+    code = "def gather(tensor, other):\n    kept = tensor.data\n    tensor.data = other\n    tensor.data = kept\n"
+    exec(compile(code, f"{os.path.dirname(torch.__file__)}/distributed/fsdp/_invented.py", "exec"), space)
+
+    def program(_: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        space["gather"](h, torch.zeros(3))
+        return x, out
+
+    quiet(program)
+
+
+def test_who_wrote_first_answers_for_what_is_pointed_elsewhere_later() -> None:
+    outer, inner = torchguard.Guard("record", at="read"), torchguard.Guard("record")
+    with outer:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        h.data.mul_(2)
+        with inner:
+            h.data = torch.zeros(3)
+        out.sum().backward()
+    assert inner.violations == []
+    (violation,) = outer.violations
+    assert violation.operation == "mul_()"
+
+
+def test_what_a_call_that_calls_back_wrote_is_answered_once() -> None:
+    """NumPy shares the memory: the bytes are compared when backward reads, too."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        array = h.numpy()
+        if writes:
+            h.data.apply_(lambda value: value + 1)
+        assert array.shape == (3,)
+        return x, out
+
+    assert told(program).caught == "write"
+
+
+def test_who_wrote_to_memory_that_a_checkpoint_reads_since_it_was_pointed_elsewhere_is_told() -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = leaf(), torch.ones(3)
+        out = checkpoint(lambda x: x.sin() * h, x, use_reentrant=False)
+        h.data = torch.ones(3)
+        if writes:
+            h.data.mul_(2)
+        return x, out
+
+    assert told(program).operation == "mul_()"
