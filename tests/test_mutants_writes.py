@@ -661,6 +661,8 @@ def test_a_collective_writes_where_a_block_puts_the_version_back(gathers: bool, 
     violation = told(program)
     operation = "all_gather()" if gathers else "scatter()"
     assert (violation.kind, violation.operation, violation.caught) == ("uncounted", operation, caught)
+    assert violation.written is not None
+    assert violation.written.function.endswith("program")
 
 
 def test_a_thread_from_before_the_guard_that_writes_is_named() -> None:
@@ -1161,8 +1163,19 @@ def test_a_call_that_moves_one_version_of_two_and_writes_to_what_is_saved_of_bot
 
     def program(scale: torch.Tensor, tracker: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         found = torch.ones(1)
-        out = nn.functional.embedding(tracker, weight) * (scale if keyword else 1)
-        torch._amp_update_scale_(scale, tracker, found, 2.0, 0.5, 10)
+        out = nn.functional.embedding(tracker, weight)
+        if keyword:
+            out = out * scale
+            torch._amp_update_scale_(
+                input=scale,
+                growth_tracker=tracker,
+                found_inf=found,
+                scale_growth_factor=2.0,
+                scale_backoff_factor=0.5,
+                growth_interval=10,
+            )
+        else:
+            torch._amp_update_scale_(scale, tracker, found, 2.0, 0.5, 10)
         return out.sum()
 
     def outcome(guard: AbstractContextManager[Any]) -> str:
@@ -1186,7 +1199,7 @@ def test_what_was_written_unseen_was_written_where_the_alias_reached_then() -> N
     def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x, flat = leaf(), torch.ones(6)
         out = x * flat[:3]
-        alias = flat.data[:3]
+        alias = flat[:3].data
         if writes:
             torch.zeros(3, out=alias)
         alias.as_strided_((3,), (1,), 3)
@@ -1280,7 +1293,7 @@ def test_a_large_save_that_an_alias_wrote_to_unseen_before_it_moved_on() -> None
     def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x, flat = leaf(LARGE), torch.ones(2 * LARGE)
         out = x * flat[:LARGE]
-        alias = flat.data[:LARGE]
+        alias = flat[:LARGE].data
         if writes:
             torch.zeros(LARGE, out=alias)
         alias.as_strided_((LARGE,), (1,), LARGE)
@@ -1391,3 +1404,47 @@ def test_who_wrote_to_memory_that_a_checkpoint_reads_since_it_was_pointed_elsewh
         return x, out
 
     assert told(program).operation == "mul_()"
+
+
+@pytest.mark.parametrize("size", [3, LARGE])
+def test_a_counted_write_beside_what_the_programs_own_hooks_keep(size: int) -> None:
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, flat = leaf(size), torch.ones(2 * size)
+        with hooked():
+            out = x * flat[:size]
+        alias = flat.data
+        if writes:
+            flat[size:].mul_(2)
+        assert alias.numel() == 2 * size
+        return x, out
+
+    quiet(program)
+
+
+def test_a_write_through_an_alias_that_watch_lends_is_left_to_pytorch() -> None:
+    def program() -> torch.Tensor:
+        x, h = leaf(), torch.ones(3)
+        out = x * h
+        with torchguard.watch():
+            h.data.mul_(2)
+        return out
+
+    guard = torchguard.Guard("record")
+    assert "modified by an inplace operation" in refused(program, guard)
+    assert guard.violations == []
+
+
+def test_statistics_that_evaluation_reads_are_proven_though_somebody_has_an_alias_of_them() -> None:
+    """By the promise of ``every_call``: whoever writes."""
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x, norm = leaf(12), nn.BatchNorm1d(3).eval()
+        assert norm.running_var is not None
+        alias = norm.running_var.data
+        out = norm(x.view(4, 3)).square()
+        if writes:
+            ctypes.memset(norm.running_var.data_ptr(), 0, 12)
+        assert alias.numel() == 3
+        return x, out
+
+    told(program, torchguard.Guard("record", every_call=True))
