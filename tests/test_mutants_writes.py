@@ -1092,6 +1092,7 @@ def test_what_a_call_that_keeps_statistics_leaves_as_it_is_keeps_the_proof_that_
     assert told(program).caught == "read"
 
 
+@pytest.mark.usefixtures("empty_ledger")
 def test_what_lies_inside_a_wrapper_is_saved_itself() -> None:
     """What is written to the wrapper does not move the version of what is inside."""
 

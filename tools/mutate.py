@@ -331,6 +331,8 @@ class Functions:
 
     def replace(self, changed: list[tuple[types.CodeType, types.CodeType]]) -> bool:
         """Give them their mutated code; False where they cannot have it."""
+        if any(_inner(old) for old, _ in changed):
+            return False  # what it has made already, and handed to others, would stay what it is
         done = False
         for old, new in changed:
             for function in self._by_code[(old.co_firstlineno, old.co_name)]:

@@ -215,6 +215,13 @@ with saving('copied'): y3 = a2 * a2
 a2.data.mul_(2)
 y3.sum().backward()
 """,
+    "what_a_transform_saved_cannot_be_copied_when_it_is_over": """
+a2 = grid(12).requires_grad_()
+y6 = transformed(torch.func.hessian(lambda x: (x ** 3).sum()), a2)
+torch.nn.init.zeros_(torch.empty(0).set_(a2.detach()))
+y12 = Product.apply(y6, y6)
+y12.sum().backward(create_graph=True)
+""",
     "repaired_it_ends_in_a_cycle_of_its_own": """
 a2 = grid(4, dtype=torch.float64).requires_grad_()
 y5 = F.glu(a2)

@@ -191,7 +191,9 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
             # What a checkpoint computes anew cannot be repaired: PyTorch compares its shapes and dtypes, as it does without.
             compared = refused_alike and outcome.error is not None and outcome.error[0] == "CheckpointError"
             if (outcome.error is None) != (facts.repaired.error is None) and not (
-                compared or (_is_refusal(plain.error) and _is_refusal(outcome.error) and _left_to_pytorch(program))
+                _is_of_the_copies(facts.repaired.error)
+                or compared
+                or (_is_refusal(plain.error) and _is_refusal(outcome.error) and _left_to_pytorch(program))
             ):
                 fail("not repaired", f"{outcome.error} instead of {facts.repaired.error}")
         elif plain.error is not None:
@@ -202,7 +204,8 @@ def _under(program: Program, facts: Known, mode: str, make: Make, collecting: bo
         elif outcome.error is not None:
             fail("crash", f"line {outcome.line}: {outcome.error}")
         if repairs and spoke:
-            if outcome.error is None and (changed := _wrong(program, outcome, facts.repaired)) and not found:
+            known = outcome.error is None and not _is_of_the_copies(facts.repaired.error)
+            if known and (changed := _wrong(program, outcome, facts.repaired)) and not found:
                 fail("not repaired", ", ".join(changed))
         elif plain is facts.repaired:
             if (changed := _wrong(program, outcome, plain)) and not found:
@@ -233,6 +236,11 @@ def _is_beyond_repair(violation: torchguard.Violation, program: Program) -> bool
     """Whether repair() raises, as it says: what a checkpoint computes anew, or what hooks hand out that return a key."""
     recomputed = violation.kind == "unseen" and any("checkpoint(" in line for line in program)
     return recomputed or violation.kind in ("recompute", "unchecked")
+
+
+def _is_of_the_copies(error: tuple[str, str] | None) -> bool:
+    """Whether it is no fault of the program's: what torch.func has wrapped cannot be copied once the transform is over."""
+    return error is not None and "invalid python storage" in error[1]
 
 
 def _is_refusal(error: tuple[str, str] | None) -> bool:
