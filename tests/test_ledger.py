@@ -6,10 +6,13 @@ import os
 import random
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 from hypothesis import given, settings
@@ -642,3 +645,119 @@ def test_what_is_not_filed_when_it_is_interrupted_is_filed_later() -> None:
         ledger.file()
     assert not ledger.filing
     assert all(ledger.any_in_storage(storage) for storage in range(10))
+
+
+# ---- what other threads hold: see Note [Held by a look] -------------------------------------------------------------
+
+
+class Beside:
+    """A thread in the middle of ``function``, which is given something to wait in, until the end of the block."""
+
+    def __init__(self, function: Callable[[Callable[[], None]], None]) -> None:
+        self._inside, self._go_on = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=function, args=(self._wait,))
+
+    def _wait(self) -> None:
+        self._inside.set()
+        self._go_on.wait(20)
+
+    def finish(self) -> None:
+        self._go_on.set()
+        self._thread.join(20)
+
+    def __enter__(self) -> Beside:
+        self._thread.start()
+        assert self._inside.wait(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+        assert not self._thread.is_alive()
+
+
+@Ledger.holds_saves
+def holding(wait: Callable[[], None]) -> None:
+    through(wait)
+
+
+def through(wait: Callable[[], None]) -> None:
+    wait()
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long this thread has slept, each time; others wait in earnest."""
+    times: list[float] = []
+    here = threading.get_ident()
+
+    def sleep(seconds: float) -> None:
+        if threading.get_ident() == here:
+            times.append(seconds)
+        threading.Event().wait(seconds)
+
+    monkeypatch.setattr(_ledger, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    return times
+
+
+def test_who_waits_for_others_goes_on_when_they_have_let_go(slept: list[float]) -> None:
+    with Beside(holding) as other:
+        timer = threading.Timer(0.05, other.finish)
+        timer.start()
+        new().outlast_looks()
+        assert not other._thread.is_alive()
+        timer.join()
+    assert slept
+    assert max(slept) < 0.01  # seconds
+
+
+def test_who_waits_for_others_does_not_wait_for_good(slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ledger, "_PATIENCE", 0.02)
+    with Beside(holding):
+        began = time.monotonic()
+        new().outlast_looks()
+        assert time.monotonic() - began < 10
+    assert slept
+
+
+def test_nobody_waits_for_who_holds_nothing(slept: list[float]) -> None:
+    with Beside(through):
+        new().outlast_looks()
+    assert slept == []
+
+
+def test_who_holds_saves_itself_does_not_wait_for_that(slept: list[float]) -> None:
+    with Beside(through):
+        holding(lambda: new().outlast_looks())
+    assert slept == []
+
+
+def test_two_that_wait_do_not_wait_for_each_other(slept: list[float]) -> None:
+    with Beside(holding) as third:
+        ledger = new()
+        waits = threading.Thread(target=Ledger.holds_saves(lambda: ledger.outlast_looks()))
+        waits.start()
+        third.finish()
+        ledger.outlast_looks()
+        waits.join(20)
+        assert not waits.is_alive()
+
+
+def test_a_function_of_the_ledger_that_another_thread_is_in_is_waited_for(slept: list[float]) -> None:
+    def reach(entry: Any) -> None:
+        wait_in_it[0]()
+
+    wait_in_it: list[Callable[[], None]] = []
+    ledger: Ledger[Any] = Ledger(lambda entry: None, lambda entry: False, reach)
+    entry = Entry(1)
+    ledger.add(entry)
+
+    def work(wait: Callable[[], None]) -> None:
+        wait_in_it.append(wait)
+        ledger._stretch_of(ref(entry))
+
+    with Beside(work) as other:
+        timer = threading.Timer(0.05, other.finish)
+        timer.start()
+        ledger.outlast_looks()
+        timer.join()
+    assert slept
