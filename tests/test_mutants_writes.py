@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -80,6 +81,25 @@ def quiet(program: Program, guard: torchguard.Guard | None = None) -> torchguard
     assert torch.equal(gradient(program, guard), plain)
     assert guard.violations == []
     return guard
+
+
+def function_of(file: str, code: str) -> Any:
+    """The function that ``code`` defines, as though it stood in ``file``."""
+    space: dict[str, Any] = {}
+    exec(compile(code, file, "exec"), space)
+    return next(value for value in space.values() if isinstance(value, types.FunctionType))
+
+
+#: Points a tensor elsewhere, and back.
+_THERE_AND_BACK = """
+def perturb(tensor, other):
+    kept = tensor.data
+    tensor.data = other
+    tensor.data = kept
+"""
+
+_GRADCHECK = "elsewhere/torch/autograd/gradcheck.py"
+_INVENTED = f"{os.path.dirname(torch.__file__)}/distributed/fsdp/_invented.py"
 
 
 def source(place: Any) -> str | None:
@@ -312,15 +332,13 @@ def test_gradcheck_perturbs_what_is_saved_and_puts_it_back() -> None:
 
 
 def test_what_gradcheck_would_not_put_back_is_told_by_its_bytes() -> None:
-    space: dict[str, Any] = {}
-    code = "def perturb(write, tensor):\n    write(tensor)\n"
-    exec(compile(code, "elsewhere/torch/autograd/gradcheck.py", "exec"), space)
+    perturb = function_of(_GRADCHECK, "def perturb(write, tensor):\n    write(tensor)\n")
 
     def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x = leaf()
         out = x.sigmoid()
         if writes:
-            space["perturb"](lambda tensor: tensor.mul_(2), out.data)
+            perturb(lambda tensor: tensor.mul_(2), out.data)
         return x, out
 
     violation = told(program)
@@ -734,7 +752,7 @@ def refill(h, kept):
 
 def test_fsdp_fills_freed_memory_with_other_bytes() -> None:
     space: dict[str, Any] = {"preserve": _preserve}
-    exec(compile(_FSDP, f"{os.path.dirname(torch.__file__)}/distributed/fsdp/_invented.py", "exec"), space)
+    exec(compile(_FSDP, _INVENTED, "exec"), space)
 
     def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x, h = leaf(), torch.ones(3)
@@ -1134,23 +1152,30 @@ def test_statistics_that_a_checkpoint_reads_again_are_written_to() -> None:
     assert (violation.kind, violation.operation) == ("recompute", "batch_norm()")
 
 
+def back_off(scale: torch.Tensor, tracker: torch.Tensor, keyword: bool) -> None:
+    """Halve ``scale``, whose version moves, and put ``tracker`` back to zero, whose version does not."""
+    found = torch.ones(1)
+    if keyword:
+        torch._amp_update_scale_(
+            input=scale,
+            growth_tracker=tracker,
+            found_inf=found,
+            scale_growth_factor=2.0,
+            scale_backoff_factor=0.5,
+            growth_interval=10,
+        )
+    else:
+        torch._amp_update_scale_(scale, tracker, found, 2.0, 0.5, 10)
+
+
 @pytest.mark.filterwarnings("ignore::torchguard.SavedTensorCorruptionWarning")
 @pytest.mark.parametrize("keyword", [False, True])
 def test_a_call_that_moves_one_version_of_two_is_repaired(keyword: bool) -> None:
     def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        x, scale, tracker, found = leaf(1), torch.full((1,), 4.0), torch.zeros(1, dtype=torch.int32), torch.ones(1)
+        x, scale, tracker = leaf(1), torch.full((1,), 4.0), torch.zeros(1, dtype=torch.int32)
         out = x * scale
-        if writes and keyword:
-            torch._amp_update_scale_(
-                input=scale,
-                growth_tracker=tracker,
-                found_inf=found,
-                scale_growth_factor=2.0,
-                scale_backoff_factor=0.5,
-                growth_interval=10,
-            )
-        elif writes:
-            torch._amp_update_scale_(scale, tracker, found, 2.0, 0.5, 10)
+        if writes:
+            back_off(scale, tracker, keyword)
         return x, out
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -1162,48 +1187,40 @@ def test_a_call_that_moves_one_version_of_two_is_repaired(keyword: bool) -> None
 def test_a_call_that_moves_one_version_of_two_and_writes_to_what_is_saved_of_both(keyword: bool) -> None:
     """PyTorch refuses the one; the other is silently overwritten."""
 
-    def program(scale: torch.Tensor, tracker: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        found = torch.ones(1)
-        out = nn.functional.embedding(tracker, weight)
-        if keyword:
-            out = out * scale
-            torch._amp_update_scale_(
-                input=scale,
-                growth_tracker=tracker,
-                found_inf=found,
-                scale_growth_factor=2.0,
-                scale_backoff_factor=0.5,
-                growth_interval=10,
-            )
-        else:
-            torch._amp_update_scale_(scale, tracker, found, 2.0, 0.5, 10)
-        return out.sum()
-
-    def outcome(guard: AbstractContextManager[Any]) -> str:
+    def outcome(guard: AbstractContextManager[Any], writes: bool = True) -> str:
         weight = leaf(6).detach().view(3, 2).requires_grad_()
+        scale, tracker = torch.full((1,), 4.0), torch.ones(1, dtype=torch.int32)
         with guard:
             try:
-                program(torch.full((1,), 4.0), torch.ones(1, dtype=torch.int32), weight).backward()
+                out = nn.functional.embedding(tracker, weight)
+                if keyword:
+                    out = out * scale
+                if writes:
+                    back_off(scale, tracker, keyword)
+                out.sum().backward()
             except RuntimeError as error:
                 return str(error)
         return str(weight.grad)
 
-    guard = torchguard.Guard("record")
-    assert outcome(guard) == outcome(nullcontext())
-    assert [violation.operation for violation in guard.violations] == ["_amp_update_scale_()"]
+    assert outcome(nullcontext()) != outcome(nullcontext(), writes=False)
+    for writes in (True, False):
+        guard = torchguard.Guard("record")
+        assert outcome(guard, writes) == outcome(nullcontext(), writes)
+        assert [violation.operation for violation in guard.violations] == ["_amp_update_scale_()"] * writes
 
 
 # ---- what is pointed elsewhere, or reaches elsewhere --------------------------------------------------------------
 
 
-def test_what_was_written_unseen_was_written_where_the_alias_reached_then() -> None:
+@pytest.mark.parametrize("size", [3, LARGE])
+def test_what_was_written_unseen_was_written_where_the_alias_reached_then(size: int) -> None:
     def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        x, flat = leaf(), torch.ones(6)
-        out = x * flat[:3]
-        alias = flat[:3].data
+        x, flat = leaf(size), torch.ones(2 * size)
+        out = x * flat[:size]
+        alias = flat[:size].data
         if writes:
-            torch.zeros(3, out=alias)
-        alias.as_strided_((3,), (1,), 3)
+            torch.zeros(size, out=alias)
+        alias.as_strided_((size,), (1,), size)
         return x, out
 
     told(program)
@@ -1290,19 +1307,6 @@ def test_a_tensor_that_is_pointed_elsewhere_beside_one_whose_unpack_is_the_progr
     quiet(program)
 
 
-def test_a_large_save_that_an_alias_wrote_to_unseen_before_it_moved_on() -> None:
-    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        x, flat = leaf(LARGE), torch.ones(2 * LARGE)
-        out = x * flat[:LARGE]
-        alias = flat[:LARGE].data
-        if writes:
-            torch.zeros(LARGE, out=alias)
-        alias.as_strided_((LARGE,), (1,), LARGE)
-        return x, out
-
-    told(program)
-
-
 def refused(program: Callable[[], torch.Tensor], guard: AbstractContextManager[Any]) -> str:
     """In which words PyTorch refuses to go on."""
     with guard, pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
@@ -1324,57 +1328,47 @@ def test_what_pytorch_refuses_already_is_not_told(write: Callable[[torch.Tensor]
 
 
 def test_an_uncounted_write_of_gradchecks_is_told_as_one() -> None:
-    space: dict[str, Any] = {}
-    code = "def perturb(tensor):\n    tensor.untyped_storage().fill_(0)\n"
-    exec(compile(code, "elsewhere/torch/autograd/gradcheck.py", "exec"), space)
+    perturb = function_of(_GRADCHECK, "def perturb(tensor):\n    tensor.untyped_storage().fill_(0)\n")
 
     def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x = leaf()
         out = x.sigmoid()
         if writes:
-            space["perturb"](out)
+            perturb(out)
         return x, out
 
     assert told(program).kind == "uncounted"
 
 
-def test_what_gradcheck_points_elsewhere_and_back_is_no_violation() -> None:
-    space: dict[str, Any] = {}
-    code = "def perturb(tensor, other):\n    kept = tensor.data\n    tensor.data = other\n    tensor.data = kept\n"
-    exec(compile(code, "elsewhere/torch/autograd/gradcheck.py", "exec"), space)
+@pytest.mark.parametrize("file", [_GRADCHECK, _INVENTED], ids=["gradcheck", "fsdp"])
+def test_what_torch_itself_points_elsewhere_and_back_is_no_violation(file: str) -> None:
+    perturb = function_of(file, _THERE_AND_BACK)
 
     def program(_: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x, h = leaf(), torch.ones(3)
         out = x * h
-        space["perturb"](h, torch.zeros(3))
-        return x, out
-
-    quiet(program)
-
-
-def test_what_fsdp_points_elsewhere_and_back_is_no_violation() -> None:
-    space: dict[str, Any] = {}
-    code = "def gather(tensor, other):\n    kept = tensor.data\n    tensor.data = other\n    tensor.data = kept\n"
-    exec(compile(code, f"{os.path.dirname(torch.__file__)}/distributed/fsdp/_invented.py", "exec"), space)
-
-    def program(_: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        x, h = leaf(), torch.ones(3)
-        out = x * h
-        space["gather"](h, torch.zeros(3))
+        perturb(h, torch.zeros(3))
         return x, out
 
     quiet(program)
 
 
 def test_who_wrote_first_answers_for_what_is_pointed_elsewhere_later() -> None:
-    outer, inner = torchguard.Guard("record", at="read"), torchguard.Guard("record")
-    with outer:
+    inner = torchguard.Guard("record")
+
+    def program(writes: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x, h = leaf(), torch.ones(3)
         out = x * h
-        h.data.mul_(2)
-        with inner:
-            h.data = torch.zeros(3)
-        out.sum().backward()
+        if writes:
+            h.data.mul_(2)
+            with inner:
+                h.data = torch.zeros(3)
+        return x, out
+
+    outer = torchguard.Guard("record", at="read")
+    assert not torch.equal(gradient(program), gradient(program, writes=False))
+    inner = torchguard.Guard("record")
+    gradient(program, outer)
     assert inner.violations == []
     (violation,) = outer.violations
     assert violation.operation == "mul_()"
