@@ -81,7 +81,7 @@ class Ledger(Generic[E]):
         self._is_foreign = is_foreign or self._extent_is_foreign
         self.pending: deque[ref[E]] = deque()
         self.filed = 0  # how many have been taken from ``pending`` so far
-        self.filing: list[int] = []  # threads that have a save in their hands that is in neither
+        self.filing: list[None] = []  # one for each time that somebody has saves in the hands that are in neither
         self.groups: dict[int, list[ref[E]]] = {}
         self.foreign: dict[int, Extent] = {}
         self._reach_of = reach_of
@@ -120,7 +120,7 @@ class Ledger(Generic[E]):
             return
         groups, is_foreign, filing = self.groups, self._is_foreign, self.filing
         with self._lock:
-            filing.append(threading.get_ident())
+            filing.append(None)
             waiting = pending
             taken = 0
             item: ref[E] | None = None
